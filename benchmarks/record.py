@@ -1,0 +1,76 @@
+"""Keep the figures of finished runs in benchmarks/results/, and the table of docs/results.md up to date with them.
+
+python benchmarks/record.py runs/ml-1m-sasrec runs/ml-100k-bigrec
+python benchmarks/record.py                 (only writes the table again)
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- table of benchmarks/record.py -->", "<!-- end of table -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Keep the figures of finished runs, and write the table of results.")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders; without any, only the table is written again")
+    RESULTS.mkdir(exist_ok=True)
+    for folder in parser.parse_args().runs:
+        (RESULTS / f"{folder.name}.json").write_text(json.dumps(record(folder), indent=1) + "\n")
+    table = markdown(sorted(RESULTS.glob("*.json")))
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}")
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Return what is worth keeping of a run: settings, figures and environment, without paths of this machine."""
+    results = json.loads((folder / "results.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    for section in ("data", "backbone"):
+        settings[section] = {k: v for k, v in settings.get(section, {}).items() if k not in ("root", "cache")}
+    if "/" in str(name := settings["backbone"].get("name", "")):
+        settings["backbone"]["name"] = Path(name).name
+    environment.pop("command")
+    kept = ("model", "dataset", "split", "header", "valid", "test", "popularity", "parameters", "training", "timing")
+    return {**{name: results[name] for name in kept if name in results}, "config": settings, "environment": environment}
+
+
+def markdown(files: list[Path]) -> str:
+    """Return one row a group of runs that differ only in their seed (file names NAME-seedS.json)."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for file in files:
+        groups[file.stem.split("-seed")[0]].append(json.loads(file.read_text()))
+    rows = ["| run | data | seeds | HR@10 | NDCG@10 | popularity | train s | device |", "|" + " --- |" * 8]
+    for name, runs in groups.items():
+        first = runs[0]
+        figures = [cell(runs, metric) for metric in ("HR@10", "NDCG@10")]
+        popularity = "/".join(f"{first['popularity'][m]:.4f}" for m in ("HR@10", "NDCG@10"))
+        data = f"{first['dataset']}, {first['split']['users']:,} users, {first['split']['items']:,} items"
+        seconds = np.median([run["timing"]["train_seconds"] for run in runs])
+        device = f"{first['environment']['device']}, {first['environment']['threads']} threads"
+        rows.append(
+            f"| {name} | {data} | {len(runs)} | {figures[0]} | {figures[1]} | {popularity} | {seconds:.0f} | {device} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def cell(runs: list[dict[str, Any]], metric: str) -> str:
+    """Return a metric with its interval for one run, or the mean and the range over seeds."""
+    values = [run["test"][metric] for run in runs]
+    if len(runs) == 1:
+        low, high = runs[0]["test"]["intervals"][metric]
+        return f"{values[0]:.4f} ({low:.4f} to {high:.4f})"
+    return f"{np.mean(values):.4f} (seeds {', '.join(f'{v:.4f}' for v in values)})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From raw ratings to batches: sources, interactions, splits, prompts, tokenised datasets and loaders."""

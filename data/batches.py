@@ -1,0 +1,224 @@
+"""What a model receives: typed batches and the examples that they are collated from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from .negatives import UniformNegatives
+from .splits import Phase, Split
+from .title_tokens import TitleTokens
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Item histories, padded on the right with 0.
+
+    Right padding makes the causal mask the only mask that is needed: a real position never sees a pad.
+    """
+
+    items: Tensor  # [B, L] int64
+    lengths: Tensor  # [B] int64
+    labelled: Tensor | None = None  # [T] int64, training only: slots of items.flatten() whose next item is a label
+    targets: Tensor | None = None  # [T] int64, those next items
+    negatives: Tensor | None = None  # [B, K] int64, items the user has not seen, shared by the positions of a row
+    row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
+    count: int = 0  # labels in this batch
+
+    def to(self, device: torch.device) -> "SequenceBatch":
+        """Return the same batch on `device`."""
+        return _on_device(self, device)
+
+    def muted(self) -> "SequenceBatch":
+        """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
+        assert self.labelled is not None
+        assert self.targets is not None
+        return replace(self, labelled=self.labelled[:0], targets=self.targets[:0], count=0)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Tokenised prompts. Training pads on the right; evaluation pads on the left, so that generation can go on."""
+
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor  # [B, L] int64
+    labels: Tensor | None = None  # [B, L] int64: the next token where the loss counts, NO_LABEL elsewhere
+    next_items: Tensor | None = None  # [B, L] int64: the item whose title starts behind this token, 0 elsewhere
+    row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
+    history: SequenceBatch | None = None  # the same rows as item ids, for models that also hold an ID recommender
+    count: int = 0
+
+    def to(self, device: torch.device) -> "PromptBatch":
+        """Return the same batch on `device`."""
+        return _on_device(self, device)
+
+    def muted(self) -> "PromptBatch":
+        """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
+        assert self.labels is not None
+        assert self.next_items is not None
+        no_labels, no_items = torch.full_like(self.labels, NO_LABEL), torch.zeros_like(self.next_items)
+        return replace(self, labels=no_labels, next_items=no_items, count=0)
+
+
+Batch = SequenceBatch | PromptBatch
+AnyBatch = TypeVar("AnyBatch", SequenceBatch, PromptBatch)
+
+
+class Examples(Protocol):
+    """A random-access source of examples that knows its lengths, so that loaders can group them."""
+
+    lengths: np.ndarray  # [n] int64, tokens or events of each example
+
+    def collate(self, indices: np.ndarray, epoch: int) -> Batch:
+        """Return the batch of these examples; `epoch` only seeds what is drawn anew in each epoch."""
+        ...
+
+
+class TrainingSequences:
+    """Every user's training events in windows of `window` inputs: one causal pass trains every position.
+
+    `windows="last"` keeps a user's most recent window, as the published code does; `"all"` cuts the whole sequence
+    into windows from the end, so that no event is left out.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        window: int,
+        windows: str = "last",
+        negatives: UniformNegatives | None = None,
+    ) -> None:
+        self.split, self.window, self.negatives = split, window, negatives
+        spans = [
+            (user, max(0, end - window), end)
+            for user, last in enumerate(split.train_end - 1)
+            for end in (range(int(last), 0, -window) if windows == "all" else [int(last)])
+            if end > 0
+        ]
+        # A span (user, start, end) trains the inputs start..end-1 to name the events start+1..end.
+        self.spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
+        self.lengths = self.spans[:, 2] - self.spans[:, 1]
+
+    def collate(self, indices: np.ndarray, epoch: int) -> SequenceBatch:
+        spans = self.spans[indices]
+        lengths = self.lengths[indices]
+        items = np.zeros((len(indices), int(lengths.max())), dtype=np.int64)
+        targets = []
+        for i, (user, start, end) in enumerate(spans):
+            sequence = self.split.history(int(user), int(end) + 1)
+            items[i, : end - start] = sequence[start:end]
+            targets.append(sequence[start + 1 : end + 1])
+        negatives = None
+        if self.negatives is not None:
+            negatives = torch.from_numpy(self.negatives.draw(spans[:, 0], indices, epoch))
+        return SequenceBatch(
+            torch.from_numpy(items),
+            torch.from_numpy(lengths),
+            torch.from_numpy(np.flatnonzero(items)),
+            torch.from_numpy(np.concatenate(targets)),
+            negatives,
+            count=int(lengths.sum()),
+        )
+
+
+class EvaluationSequences:
+    """The history before each target of a phase, cut to the last `window` events."""
+
+    def __init__(self, split: Split, phase: Phase, window: int) -> None:
+        self.split, self.window, self.cases = split, window, split.targets(phase)
+        self.lengths = np.minimum(self.cases.position, window)
+
+    def collate(self, indices: np.ndarray, epoch: int = 0) -> SequenceBatch:
+        lengths = self.lengths[indices]
+        items = np.zeros((len(indices), max(1, int(lengths.max()))), dtype=np.int64)
+        for i, (case, length) in enumerate(zip(indices, lengths, strict=True)):
+            history = self.split.history(int(self.cases.user[case]), int(self.cases.position[case]))
+            items[i, :length] = history[len(history) - length :]
+        return SequenceBatch(
+            torch.from_numpy(items),
+            torch.from_numpy(lengths),
+            row=torch.from_numpy(np.asarray(indices, dtype=np.int64)),
+        )
+
+
+class TrainingPrompts:
+    """Rows of `data.tokenized.build_prompts` for training.
+
+    `count_items` decides what the loss is divided by: titles (for losses over the catalogue) or tokens. With
+    `label_inputs` the loss also counts on the prompt, as in the published BIGRec.
+    """
+
+    def __init__(
+        self, prompts: Dataset, split: Split, titles: TitleTokens, *, label_inputs: bool, count_items: bool
+    ) -> None:
+        self.prompts, self.split, self.titles = prompts.with_format("numpy"), split, titles
+        self.label_inputs, self.count_items = label_inputs, count_items
+        self.lengths = prompts.data.column("length").to_numpy().astype(np.int64)
+
+    def collate(self, indices: np.ndarray, epoch: int) -> PromptBatch:
+        rows = self.prompts[indices]
+        input_ids, attention_mask = _pad(rows["input_ids"], side="right")
+        labels = np.full_like(input_ids, NO_LABEL)
+        next_items = np.zeros_like(input_ids)
+        for i, (ids, context) in enumerate(zip(rows["input_ids"], rows["context"], strict=True)):
+            first = 1 if self.label_inputs else context
+            labels[i, first - 1 : len(ids) - 1] = ids[first:]
+            items, starts = self._titles_of(int(rows["user"][i]), int(rows["position"][i]), int(context), len(ids))
+            next_items[i, starts - 1] = items
+        count = int((next_items > 0).sum() if self.count_items else (labels != NO_LABEL).sum())
+        return PromptBatch(
+            torch.from_numpy(input_ids),
+            torch.from_numpy(attention_mask),
+            torch.from_numpy(labels),
+            torch.from_numpy(next_items),
+            count=count,
+        )
+
+    def _titles_of(self, user: int, position: int, context: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the items that a row names behind its context, and the token where the title of each starts."""
+        items = self.split.training_items(user)[position:]
+        starts = context + np.cumsum(self.titles.lengths[items]) - self.titles.lengths[items]
+        return items[starts < length], starts[starts < length]
+
+
+class EvaluationPrompts:
+    """Rows of `data.tokenized.build_prompts` for a phase: prompts padded on the left, so that text can follow."""
+
+    def __init__(self, prompts: Dataset, histories: Examples | None = None) -> None:
+        self.prompts, self.histories = prompts.with_format("numpy"), histories
+        self.lengths = prompts.data.column("length").to_numpy().astype(np.int64)
+
+    def collate(self, indices: np.ndarray, epoch: int = 0) -> PromptBatch:
+        rows = self.prompts[indices]
+        input_ids, attention_mask = map(torch.from_numpy, _pad(rows["input_ids"], side="left"))
+        row = rows["row"].astype(np.int64)
+        history = None if self.histories is None else self.histories.collate(row, 0)
+        assert history is None or isinstance(history, SequenceBatch)
+        return PromptBatch(input_ids, attention_mask, row=torch.from_numpy(row), history=history)
+
+
+def _pad(sequences: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return [B, L] int64 token ids, padded with 0, and their attention mask."""
+    ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        place = slice(0, len(sequence)) if side == "right" else slice(ids.shape[1] - len(sequence), None)
+        ids[i, place], mask[i, place] = sequence, 1
+    return ids, mask
+
+
+def _on_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    moved: dict[str, Any] = {n: to_device(v, device) for n, v in vars(batch).items() if isinstance(v, Tensor)}
+    moved |= {n: v.to(device) for n, v in vars(batch).items() if isinstance(v, SequenceBatch)}
+    return replace(batch, **moved)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on `device`; only from pinned memory does a copy to a GPU not hold the host up."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

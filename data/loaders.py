@@ -1,0 +1,125 @@
+"""Loaders that group examples by length, share them out to processes, and resume at any step.
+
+The order of examples is a function of (seed, epoch) and of the global batch size alone. A step therefore trains the
+same examples on one process with accumulation and on many without, and nothing has to be saved to resume.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .batches import Batch, Examples
+
+# Examples are sorted by length inside groups of this many steps: large enough to leave almost no padding, small
+# enough that the order of an epoch stays random.
+STEPS_PER_LENGTH_GROUP = 50
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every step this process does."""
+
+    process_index: int = 0
+    num_processes: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of one process: its micro-batches and, for error reports, the examples in them."""
+
+    batches: list[Batch]
+    indices: list[np.ndarray]
+
+
+class TrainingLoader:
+    """Yields one `Step` for each optimizer step of an epoch.
+
+    `batch_size` counts the examples of a step over all processes, `micro_batch_size` those of one forward pass on
+    one process; accumulation follows from the two.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        micro_batch_size: int | None,
+        share: Share,
+        seed: int,
+        group_by_length: bool = True,
+    ) -> None:
+        if len(examples.lengths) == 0:
+            raise ValueError("there is nothing to train on: the training part of the split is empty (--data.*)")
+        self.examples, self.batch_size, self.share, self.seed = examples, batch_size, share, seed
+        self.group_by_length = group_by_length
+        per_process = math.ceil(batch_size / share.num_processes)
+        self.micro_batch_size = min(micro_batch_size or per_process, per_process)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.examples.lengths) / self.batch_size)
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """Return the example indices of every step of `epoch`, longest examples first within a step."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(len(self.examples.lengths))
+        if not self.group_by_length:
+            return np.split(order, range(self.batch_size, len(order), self.batch_size))
+        group_size = self.batch_size * STEPS_PER_LENGTH_GROUP
+        steps: list[np.ndarray] = []
+        for group in np.split(order, range(group_size, len(order), group_size)):
+            group = group[np.argsort(-self.examples.lengths[group], kind="stable")]
+            steps += np.split(group, range(self.batch_size, len(group), self.batch_size))
+        return [steps[i] for i in random.permutation(len(steps))]
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
+        """Yield the steps of `epoch` from `first_step` on; the next one is collated while the current one trains."""
+        remaining = self.plan(epoch)[first_step:]
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            pending = [worker.submit(self._collate, step, epoch) for step in remaining[:2]]
+            for i in range(len(remaining)):
+                yield pending.pop(0).result()
+                if i + 2 < len(remaining):
+                    pending.append(worker.submit(self._collate, remaining[i + 2], epoch))
+
+    def _collate(self, step: np.ndarray, epoch: int) -> Step:
+        size, share = self.micro_batch_size, self.share
+        parts = np.split(step, range(size, len(step), size))
+        mine = parts[share.process_index :: share.num_processes]
+        batches = [self.examples.collate(part, epoch) for part in mine]
+        if len(batches) < math.ceil(len(parts) / share.num_processes):
+            # Every process must run the same number of passes, or collective operations would wait for ever.
+            batches.append(self.examples.collate(step[:1], epoch).muted())
+        return Step(batches, mine)
+
+
+class EvaluationLoader:
+    """Yields this process's share of the evaluation batches, longest first.
+
+    Every process gets the same number of batches, since a forward pass may be collective: where they do not divide
+    evenly, the first ones are repeated, and the evaluator drops what comes twice.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, share: Share, device: torch.device) -> None:
+        self.examples, self.batch_size, self.share, self.device = examples, batch_size, share, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = np.argsort(-self.examples.lengths, kind="stable")
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        processes = self.share.num_processes
+        batches += [batches[i % len(batches)] for i in range(-len(batches) % processes)]
+        for indices in batches[self.share.process_index :: processes]:
+            yield self.examples.collate(indices, 0).to(self.device)
+
+
+def padding_share(lengths: np.ndarray, plan: list[np.ndarray], micro_batch_size: int) -> float:
+    """Return the share of padding among the tokens of an epoch, 0 to 1."""
+    real = padded = 0
+    for step in plan:
+        for part in np.split(step, range(micro_batch_size, len(step), micro_batch_size)):
+            real += int(lengths[part].sum())
+            padded += int(lengths[part].max()) * len(part)
+    return 1 - real / padded

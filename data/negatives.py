@@ -1,0 +1,32 @@
+"""Negative items for sampled losses, drawn so that no process count or resume changes them."""
+
+import numpy as np
+
+from .splits import Split
+
+
+class UniformNegatives:
+    """Draws items uniformly, without replacement, among those that the user has not met in training.
+
+    The draw is a function of (seed, epoch, example), so one process and many see the same negatives.
+    """
+
+    def __init__(self, split: Split, count: int, seed: int) -> None:
+        unseen = split.num_items - max(len(np.unique(split.training_items(user))) for user in range(split.num_users))
+        if count > unseen:
+            raise ValueError(
+                f"{count} negatives were asked for, but a user has only {unseen} unseen items: "
+                "lower --method.num_negatives"
+            )
+        self.split, self.count, self.seed = split, count, seed
+
+    def draw(self, users: np.ndarray, examples: np.ndarray, epoch: int) -> np.ndarray:
+        """Return [B, count] int64 item ids for the given users; `examples` are the indices that seed the draw."""
+        drawn = np.empty((len(users), self.count), dtype=np.int64)
+        for i, (user, example) in enumerate(zip(users, examples, strict=True)):
+            random = np.random.default_rng((self.seed, epoch, int(example)))
+            free = np.ones(self.split.num_items + 1, dtype=bool)
+            free[0] = False
+            free[self.split.training_items(int(user))] = False
+            drawn[i] = random.choice(np.flatnonzero(free), self.count, replace=False, shuffle=False)
+        return drawn

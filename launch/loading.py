@@ -1,0 +1,107 @@
+"""A finished run, loaded back from its folder without its training data."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.config import DataConfig
+from data.interactions import Catalog, Interactions
+from data.sources import read
+from data.splits import Split, Targets, split
+from trainers.checkpoint import load_trainable_state
+
+from .config import RunConfig, parse
+from .methods import METHODS, Built, Setting
+from .run_folder import RunFolder, read_catalog
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What model/ holds, ready to score."""
+
+    folder: RunFolder
+    config: RunConfig
+    catalog: Catalog
+    built: Built
+
+
+def load_run(path: Path) -> LoadedRun:
+    """Load the model of a run; exit with the reason when there is none."""
+    folder = RunFolder(path)
+    if not (folder.model / "model.safetensors").is_file():
+        sys.exit(f"error: --run {path} {_why_not(folder)}. Trained runs: {', '.join(_trained_runs(path)) or 'none'}")
+    config = parse(["--config", str(folder.model / "config.json")])
+    catalog = read_catalog(folder.model / "catalog.json")
+    setting = Setting(
+        split=histories_as_split([np.array([1])], catalog),
+        catalog=catalog,
+        method=config.method,
+        backbone=config.backbone,
+        seed=config.train.seed,
+        cache=config.data.cache_folder,
+        load_model=load_model,
+        saved=folder.model,
+    )
+    built = METHODS[config.model].build(setting)
+    load_trainable_state(built.model, folder.model / "model.safetensors")
+    built.model.eval()
+    return LoadedRun(folder, config, catalog, built)
+
+
+def load_model(path: Path) -> Built:
+    """Return the model of an earlier run with its examples: what a later stage builds on."""
+    return load_run(path).built
+
+
+def read_and_split(config: DataConfig) -> tuple[Interactions, Split]:
+    """Read and split a data set; exit with the reason where that cannot be done."""
+    try:
+        interactions = read(config)
+        return interactions, split(interactions, config)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def read_data_of(run: LoadedRun) -> Split:
+    """Return the split of a run's data set; exit when its items are no longer the ones that the run learned."""
+    interactions, parts = read_and_split(run.config.data)
+    if interactions.catalog.raw_ids != run.catalog.raw_ids:
+        sys.exit(
+            f"error: --run {run.folder.path} learned {run.catalog.num_items:,} items, and {run.config.data.source} now "
+            f"has {interactions.catalog.num_items:,} or others: bring its data back, or train anew"
+        )
+    return parts
+
+
+def _why_not(folder: RunFolder) -> str:
+    if not folder.path.is_dir():
+        return "does not exist"
+    if folder.config_file.is_file():
+        return f"is not finished: launch/train.py --config {folder.config_file} --output {folder.path} goes on with it"
+    return "is not a run folder"
+
+
+def _trained_runs(near: Path) -> list[str]:
+    folders = (near, near.parent, Path("runs"))
+    return sorted({str(file.parents[1]) for folder in folders for file in folder.glob("*/model/model.safetensors")})
+
+
+def histories_as_split(histories: list[np.ndarray], catalog: Catalog) -> Split:
+    """Return a split whose test histories are the given ones, each followed by a target that nobody looks at."""
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    items = np.concatenate([np.append(history, 1) for history in histories]).astype(np.int64)
+    cases = Targets(np.arange(len(histories), dtype=np.int64), lengths)
+    return Split(
+        name="histories",
+        kind="leave-one-out",
+        offsets=np.concatenate([[0], np.cumsum(lengths + 1)]),
+        items=items,
+        train_end=lengths,
+        valid=cases,
+        test=cases,
+        num_items=catalog.num_items,
+        hash="",
+        raw_users=tuple(map(str, range(len(histories)))),
+    )

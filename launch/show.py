@@ -1,0 +1,71 @@
+"""What a person sees at the end of a run: the results beside popularity, and a few recommendations."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.interactions import Catalog
+from data.splits import Split
+from evaluation.results import Evaluation
+
+from .run_folder import RunFolder
+
+SHOWN_METRICS = ("HR@", "NDCG@", "MRR@")
+SAME_AS_HR_AT_1 = ("NDCG@1", "MRR@1")
+SHOWN_USERS, SHOWN_HISTORY, SHOWN_ITEMS = 3, 4, 5
+
+
+def example_recommendations(test: Evaluation, split: Split, catalog: Catalog) -> list[dict[str, Any]]:
+    """Return the recent history, the held-out title and the top titles of the first few test users."""
+    examples = []
+    for row, (user, position) in enumerate(zip(split.test.user, split.test.position, strict=True)):
+        if row == SHOWN_USERS:
+            break
+        history = split.history(int(user), int(position))[-SHOWN_HISTORY:]
+        examples.append(
+            {
+                "user": split.raw_users[user],
+                "history": [catalog.titles[item] for item in history],
+                "held_out": catalog.titles[test.ranks.target[row]],
+                "recommended": [catalog.titles[item] for item in test.recommendations[row, :SHOWN_ITEMS] if item > 0],
+            }
+        )
+    return examples
+
+
+def show_results(folder: RunFolder) -> None:
+    """Print a finished run's test figures beside popularity, then its example recommendations."""
+    results = folder.results()
+    console = Console(highlight=False)
+    title = f"{results['dataset']}, test, {_protocol(results)}"
+    console.print(figures(title, results["model"], results["test"], results["popularity"]))
+    for example in results.get("examples", []):
+        history = "; ".join(example["history"])
+        console.print(f"\nuser {example['user']}, last: {history}", markup=False, soft_wrap=True)
+        for place, recommended in enumerate(example["recommended"], start=1):
+            mark = "  <- held out" if recommended == example["held_out"] else ""
+            console.print(f"  {place}. {recommended}{mark}", markup=False)
+    timing = results["timing"]
+    console.print(f"\ntrained {timing['train_seconds']:.0f} s, {timing['total_seconds']:.0f} s in all. {folder.path}/")
+
+
+def figures(title: str, model: str, measured: dict[str, Any], popularity: dict[str, Any]) -> Table:
+    """Return a table of HR, NDCG and MRR beside popularity; both in the form of `Evaluation.as_results`."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("metric", "popularity", model, "95 % interval"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for metric, (low, high) in measured["intervals"].items():
+        name = metric.rpartition("/")[2]  # "HR@10" of "sampled-100/HR@10"
+        if name.startswith(SHOWN_METRICS) and name not in SAME_AS_HR_AT_1:
+            figure = f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}", f"{low:.4f} to {high:.4f}"
+            table.add_row(metric, *figure)
+    return table
+
+
+def _protocol(results: dict[str, Any]) -> str:
+    header = results["header"]
+    return (
+        f"{header['protocol']} ranking of {header['catalog_size']:,} items, {header['users_evaluated']:,} users, "
+        f"mask {header['mask']}, split {header['split_hash'][:12]}"
+    )

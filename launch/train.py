@@ -1,0 +1,262 @@
+"""Train a recommender, rank the whole catalogue for every test user, and leave a run folder.
+
+accelerate launch launch/train.py --model bigrec
+"""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
+
+import torch
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.logging import RichHandler
+
+from data.interactions import Catalog, Interactions
+from data.loaders import EvaluationLoader, TrainingLoader
+from data.splits import Phase, Split
+from evaluation.evaluator import Evaluator, evaluate_popularity
+from evaluation.protocols import NotEnoughItems, Protocol, draw_candidates
+from evaluation.results import Evaluation, write_ranks
+from launch.config import RunConfig, dump, parse
+from launch.loading import load_model, read_and_split
+from launch.methods import METHODS, Built, Setting
+from launch.run_folder import RunFolder
+from launch.show import example_recommendations, show_results
+from trainers.checkpoint import Checkpoints, CorruptCheckpoint, restore
+from trainers.loop import NonFiniteLoss, Trainer
+from trainers.optimizer import build_optimizer
+from trainers.progress import Progress
+from trainers.runtime import Runtime
+from trainers.signals import Interrupted, Stop
+from trainers.tracking import Tracking
+
+logger = logging.getLogger("shardrec")
+PHASES: tuple[Phase, Phase] = ("valid", "test")
+
+
+@dataclass
+class Clock:
+    """When this start of a run began, and when its first batch was ready."""
+
+    started: float
+    first_batch: float = 0.0
+
+    def timing(self, progress: Progress, test: Evaluation) -> dict[str, float]:
+        """Return seconds: until the first batch, training over all starts, this start in all, one evaluation."""
+        return {
+            "start_seconds": round(self.first_batch - self.started, 2),
+            "train_seconds": round(progress.seconds, 2),
+            "total_seconds": round(time.perf_counter() - self.started, 2),
+            "evaluation_seconds": test.header["seconds"],
+        }
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit code: 0, 1 when the loss was not finite, 143 when SIGTERM stopped the run and it has saved."""
+    try:
+        with Stop() as stop:
+            run(parse(argv), stop)
+    except Interrupted as interruption:
+        logger.warning("%s; the same command goes on from the last checkpoint", interruption)
+        return interruption.exit_code
+    except NonFiniteLoss as error:
+        logger.error("%s", error)
+        return 1
+    except (CorruptCheckpoint, NotEnoughItems) as error:
+        sys.exit(f"error: {error}")
+    return 0
+
+
+def run(config: RunConfig, stop: Stop) -> None:
+    """Train, evaluate and show the results; a signal may leave it anywhere (see trainers/signals.py)."""
+    clock = Clock(time.perf_counter())
+    runtime = Runtime(config.train.precision, config.train.trackers, config.output)
+    set_up_logging(runtime)
+    folder = RunFolder(config.output)
+    if config.resume == "auto" and folder.is_finished(config):
+        if runtime.is_main:
+            logger.info("%s is finished: showing its results (another --output trains anew)", config.output)
+            show_results(folder)
+        return
+
+    interactions, parts = load_data(config, runtime)
+    if config.evaluation.protocol != "full":
+        draw_candidates(parts, "test", config.evaluation.protocol, config.evaluation.seed)  # fails now or never
+    set_seed(config.train.seed)
+    built = build(config, interactions, parts, runtime)
+    if runtime.is_main:
+        folder.begin(config, runtime)
+    runtime.wait()
+    trainer = make_trainer(config, built, parts, runtime, folder, stop)
+    clock.first_batch = time.perf_counter()
+    logger.info("ready for the first batch after %.1f s", clock.first_batch - clock.started)
+    with trainer.tracking:
+        trainer.train()
+    finish(config, built, trainer, parts, interactions.catalog, folder, clock)
+    if runtime.is_main:
+        show_results(folder)
+    runtime.close()
+
+
+def load_data(config: RunConfig, runtime: Runtime) -> tuple[Interactions, Split]:
+    """Read and split; with several processes the first one downloads while the others wait."""
+    with runtime.accelerator.local_main_process_first():
+        interactions, parts = read_and_split(config.data)
+    logger.info(
+        "%s: %d users, %d items, %d events; split %s %s",
+        *(parts.name, parts.num_users, parts.num_items, len(parts.items), parts.kind, parts.hash[:12]),
+    )
+    return interactions, parts
+
+
+def build(config: RunConfig, interactions: Interactions, parts: Split, runtime: Runtime) -> Built:
+    """Build the model and its examples as the method's row in launch/methods.py says."""
+    setting = Setting(
+        split=parts,
+        catalog=interactions.catalog,
+        method=config.method,
+        backbone=config.backbone,
+        seed=config.train.seed,
+        cache=config.data.cache_folder,
+        load_model=load_model,
+        is_main=runtime.is_main,
+    )
+    return METHODS[config.model].build(setting)
+
+
+def make_trainer(
+    config: RunConfig, built: Built, parts: Split, runtime: Runtime, folder: RunFolder, stop: Stop
+) -> Trainer:
+    """Bring model, optimizer, loader and the state of an earlier start together."""
+    train = config.train
+    examples = built.training()
+    loader = TrainingLoader(
+        examples, train.batch_size, train.micro_batch_size, runtime.share, train.seed, train.group_by_length
+    )
+    checkpoints = Checkpoints(folder.checkpoints, train.keep_checkpoints)
+    model = built.model.to(runtime.device)
+    optimizer = build_optimizer(model, train)
+    progress = Progress()
+    if (checkpoint := find_checkpoint(config, checkpoints)) is not None:
+        progress = restore(checkpoint, model, optimizer, runtime.scaler)
+        if progress.best_step is not None and not checkpoints.at(progress.best_step).is_dir():
+            progress.forget_best()
+        logger.info("resuming %s at step %d", checkpoint, progress.step)
+    runtime.wait()  # every process has read what the main one may now remove
+    if runtime.is_main:
+        checkpoints.go_on_from(checkpoint, progress)
+    prepared, prepared_optimizer = runtime.prepare(model, optimizer)
+    total_steps = train.max_steps or train.epochs * loader.steps_per_epoch
+    tracking = Tracking(runtime, folder.path, total_steps, dump(config), progress)
+    trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
+    logger.info(
+        "%s: %s trainable parameters; %d examples, %d steps an epoch, %s, %d process(es)",
+        *(config.model, f"{trainable:,}", len(examples.lengths), loader.steps_per_epoch),
+        *(runtime.precision, runtime.share.num_processes),
+    )
+
+    def validate() -> dict[str, float]:
+        return evaluate(config, built, prepared, parts, "valid", runtime).metrics
+
+    return Trainer(
+        *(runtime, prepared, prepared_optimizer, loader, validate, tracking),
+        *(checkpoints, progress, train, folder.path, stop),
+    )
+
+
+def find_checkpoint(config: RunConfig, checkpoints: Checkpoints) -> Path | None:
+    """Return the checkpoint to go on from: the run's own newest for `auto`, or the folder that was named."""
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return checkpoints.latest()
+    return Path(config.resume)
+
+
+def finish(
+    config: RunConfig, built: Built, trainer: Trainer, parts: Split, catalog: Catalog, folder: RunFolder, clock: Clock
+) -> None:
+    """Measure the best checkpoint on validation and test, beside popularity; write the model and its results."""
+    runtime = trainer.runtime
+    model = runtime.unwrap(trainer.model)
+    if (best := trainer.checkpoints.best()) is not None:
+        restore(best, model)
+    if built.calibrate is not None:
+        built.calibrate(evaluation_batches(config, built, parts, "valid", runtime), parts.target_items("valid"))
+    valid, test = (
+        evaluate(config, built, trainer.model, parts, phase, runtime, config.evaluation.protocol) for phase in PHASES
+    )
+    popularity = evaluate_popularity(parts, "test", **evaluator_options(config, config.evaluation.protocol))
+    if not runtime.is_main:
+        return
+    folder.save_model(config, model, catalog, built.tokenizer)
+    for evaluation in (valid, test):
+        write_ranks(evaluation, folder.ranks(evaluation.header["phase"]))
+    results = {
+        "model": config.model,
+        "dataset": parts.name,
+        "split": {"kind": parts.kind, "hash": parts.hash, "users": parts.num_users, "items": parts.num_items},
+        "header": test.header,
+        "valid": valid.as_results(),
+        "test": test.as_results(),
+        "popularity": popularity.as_results(),
+        "examples": example_recommendations(test, parts, catalog),
+        "parameters": {
+            "total": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+        "training": {"steps": trainer.progress.step, "best_step": trainer.progress.best_step},
+        "timing": clock.timing(trainer.progress, test),
+    }
+    folder.write_results(results)
+
+
+def evaluate(
+    config: RunConfig,
+    built: Built,
+    model: torch.nn.Module,
+    parts: Split,
+    phase: Phase,
+    runtime: Runtime,
+    protocol: Protocol = "full",
+) -> Evaluation:
+    """Rank every target of a phase; models are always selected by the full catalogue."""
+    evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol))
+    return evaluator.run(model, evaluation_batches(config, built, parts, phase, runtime))
+
+
+def evaluator_options(config: RunConfig, protocol: Protocol) -> dict[str, Any]:
+    """Return the evaluator's settings under a protocol."""
+    return vars(config.evaluation) | {"protocol": protocol}
+
+
+def evaluation_batches(
+    config: RunConfig, built: Built, parts: Split, phase: Phase, runtime: Runtime
+) -> EvaluationLoader:
+    """Return this process's batches of a phase."""
+    examples = built.evaluation(parts, phase)
+    return EvaluationLoader(examples, config.train.eval_batch_size, runtime.share, runtime.device)
+
+
+def set_up_logging(runtime: Runtime) -> None:
+    """Send log lines of the main process to the console; a terminal gets rich formatting."""
+    level = logging.INFO if runtime.is_main else logging.ERROR
+    console = Console()
+    handler: logging.Handler = logging.StreamHandler(sys.stdout)
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if runtime.is_main else "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

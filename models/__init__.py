@@ -1,0 +1,1 @@
+"""Recommenders and the language-model backbones that they stand on."""

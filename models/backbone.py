@@ -1,0 +1,299 @@
+"""Language-model backbones: the built-in `tiny`, or pre-trained weights from a folder or the hub."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from .tiny import TinyConfig, build_tiny, train_tiny_tokenizer
+
+# peft and bitsandbytes take seconds to import, so functions import them: `tiny`, models without a backbone and --help
+# do not wait for them.
+if TYPE_CHECKING:
+    from peft import PeftModel
+# It warns that a kernel is missing which is switched off below.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+Backbone: TypeAlias = "PreTrainedModel | PeftModel"
+TINY = "tiny"
+
+
+@dataclass
+class BackboneConfig:
+    """Which language model, in which precision, and what of it is trained."""
+
+    name: str = TINY
+    """`tiny` (built in, trained from scratch), a hub id, or a folder in Hugging Face format."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """How the frozen base is stored: as it is, LLM.int8(), or NF4 with double quantisation."""
+    adapter: Literal["auto", "none", "lora"] = "auto"
+    """What is trained: `none` all weights, `lora` an adapter; `auto` all of `tiny`, LoRA on anything else."""
+    lora_rank: int = 8
+    """Rank of the LoRA update."""
+    lora_alpha: int = 16
+    """The LoRA update is scaled by alpha / rank."""
+    lora_dropout: float = 0.05
+    """Dropout in front of the LoRA update."""
+    lora_targets: list[str] | None = None
+    """Names of the linear layers that get LoRA, such as `[q_proj, v_proj]`; all but the head by default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel; flash_attention_2 cannot score a whole catalogue of titles."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto`: float32 where they are trained, else the checkpoint's own."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    """Shape of the built-in backbone; ignored by any other."""
+
+    def __post_init__(self) -> None:
+        quantized = f"--backbone.quantization {self.quantization}"
+        if self.name == TINY and self.adapter == "lora":
+            raise ValueError(
+                "--backbone.adapter lora does not go with --backbone.name tiny: tiny starts from random "
+                "weights, and an adapter on frozen random weights learns nothing. Pass --backbone.adapter "
+                "auto, which trains tiny in full, or a pre-trained --backbone.name"
+            )
+        if self.name == TINY and self.quantization != "none":
+            raise ValueError(
+                f"{quantized} does not go with --backbone.name tiny: quantised weights are frozen, and tiny "
+                "starts from random ones. Pass --backbone.quantization none or a pre-trained --backbone.name"
+            )
+        if self.quantization != "none" and self.adapter == "none":
+            raise ValueError(
+                f"{quantized} does not go with --backbone.adapter none: quantised weights cannot be trained. "
+                "Pass --backbone.adapter lora or --backbone.quantization none"
+            )
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.adapter == "lora" or (self.adapter == "auto" and self.name != TINY)
+
+
+class Weights(TypedDict):
+    """Parameters of a model and the bytes they take, by dtype."""
+
+    parameters: int
+    trainable_parameters: int
+    bytes: dict[str, int]
+
+
+def load_tokenizer(config: BackboneConfig, training_text: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """The backbone's tokenizer, left-padding; `tiny` learns its own from `training_text`."""
+    if config.name == TINY:
+        return train_tiny_tokenizer(config.tiny, training_text)
+    return load_saved_tokenizer(config.name)
+
+
+def load_backbone(
+    config: BackboneConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    device: torch.device | str,
+    trainable: bool,
+) -> Backbone:
+    """The causal language model on `device`; frozen and without adapter unless it is to be trained.
+
+    `seed` decides tiny's weights and the adapter's, alike on every process. Raises ValueError, naming the
+    flag, for a folder or hub id that cannot be loaded.
+    """
+    model = _load_base(config, tokenizer, seed, torch.device(device), trainable)
+    if not trainable:
+        return model.requires_grad_(False).eval()
+    if not config.uses_lora:
+        return model.train()
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_targets or "all-linear",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # in float32 even on a bfloat16 base, which would round small updates away
+        return get_peft_model(model, lora, autocast_adapter_dtype=True).train()
+
+
+def save_backbone(
+    model: Backbone,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write what `load_saved_backbone` reads: the adapter or else all weights, and the tokenizer.
+
+    `state_dict` stands in for the model's own weights where those are sharded over processes.
+    """
+    if not isinstance(model, PreTrainedModel):
+        # peft's default asks the hub whether the vocabulary grew; it never does here
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+
+
+def load_saved_backbone(
+    config: BackboneConfig, folder: Path, *, device: torch.device | str, trainable: bool = False
+) -> tuple[Backbone, PreTrainedTokenizerFast]:
+    """Model and tokenizer as `save_backbone` left them; an adapter goes on the base that `config` names.
+
+    Raises ValueError when the folder's adapter and the one that belongs on this base have different weights.
+    """
+    tokenizer = load_saved_tokenizer(str(folder))
+    if not (folder / "adapter_config.json").exists():
+        saved = replace(config, name=str(folder), adapter="none")
+        return load_backbone(saved, tokenizer, seed=0, device=device, trainable=trainable), tokenizer
+    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    adapter = PeftConfig.from_pretrained(str(folder))
+    adapter.inference_mode = not trainable
+    base = _load_base(config, tokenizer, 0, torch.device(device), trainable)
+    model = get_peft_model(base, adapter)
+    report: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    missing = [key for key in report.missing_keys if "lora_" in key]
+    if missing or report.unexpected_keys:
+        raise ValueError(
+            f"the adapter in {folder} does not fit --backbone.name {config.name}: {len(missing)} weights are "
+            f"missing {missing[:3]}, {len(report.unexpected_keys)} unknown {report.unexpected_keys[:3]}"
+        )
+    return model.train(trainable), tokenizer
+
+
+def causal_model(model: Backbone) -> PreTrainedModel:
+    """The Hugging Face model itself, with any adapter's layers in it but without the wrapper around it."""
+    return model if isinstance(model, PreTrainedModel) else cast(PreTrainedModel, model.get_base_model())
+
+
+def describe(model: torch.nn.Module) -> Weights:
+    """Total and trainable parameters, and bytes by dtype; weights of four bits count as "4bit"."""
+    total = trainable = 0
+    num_bytes: Counter[str] = Counter()
+    for parameter in model.parameters():
+        # ds_numel is the whole weight where ZeRO-3 keeps only a slice here
+        count = stored = getattr(parameter, "ds_numel", parameter.numel())
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        four_bits = getattr(parameter, "quant_state", None)
+        if four_bits is not None:  # packed into fewer numbers of another type
+            count, stored, dtype = four_bits.shape.numel(), parameter.numel(), "4bit"
+        total += count
+        trainable += count if parameter.requires_grad else 0
+        num_bytes[dtype] += stored * parameter.element_size()
+    return Weights(parameters=total, trainable_parameters=trainable, bytes=dict(num_bytes))
+
+
+def _load_base(
+    config: BackboneConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    device: torch.device,
+    trainable: bool,
+) -> PreTrainedModel:
+    """The language model without adapter, ready to take one."""
+    if config.name == TINY:
+        model: PreTrainedModel = build_tiny(config.tiny, tokenizer, seed)
+        model.set_attn_implementation(config.attention)
+        if config.dtype != "auto":
+            model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
+    else:
+        trained_in_full = trainable and not config.uses_lora
+        model = _load_pretrained(config, "float32" if config.dtype == "auto" and trained_in_full else config.dtype)
+    if config.quantization == "none":
+        model.to(device=device)  # type: ignore[call-arg]
+    else:
+        from peft import prepare_model_for_kbit_training
+
+        # bitsandbytes has placed its weights on the current device already. What it left in half precision
+        # becomes float32; on a model that is not quantised that would be all of it.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _load_pretrained(config: BackboneConfig, dtype: str) -> PreTrainedModel:
+    _require_folder_or_hub_id(config.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            quantization_config=_quantization(config),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(config.name, "model", error) from error
+    if config.quantization == "4bit":
+        _keep_differentiable(model)
+    return model
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        # On CPUs with AVX512-bf16, bitsandbytes repacks 4-bit weights at the first evaluation: after that no
+        # gradient passes through them, and widths that 32 does not divide fail.
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantization(config: BackboneConfig) -> BitsAndBytesConfig | None:
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.bfloat16,  # ZeRO shards floating-point storage only
+        )
+    return None
+
+
+def load_saved_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub id, left-padding and with a pad token."""
+    _require_folder_or_hub_id(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, "tokenizer", error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def _require_folder_or_hub_id(name: str) -> None:
+    """Stop before a mistyped path is looked up on the hub."""
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if looks_like_path and not Path(name).is_dir():
+        raise ValueError(
+            f"--backbone.name {name}: there is no such folder. Pass a folder in Hugging Face format, a hub "
+            "id such as Qwen/Qwen2.5-0.5B-Instruct, or tiny"
+        )
+
+
+def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
+    where = "this folder" if Path(name).is_dir() else "the Hugging Face hub (is it reachable, and the id right?)"
+    return ValueError(
+        f"--backbone.name {name}: no {what} could be loaded from {where}; expected config.json, "
+        "tokenizer files and *.safetensors of a causal language model. --backbone.name tiny needs no download. "
+        f"The library says: {str(error).strip().splitlines()[0]}"
+    )

@@ -1,0 +1,37 @@
+"""What a recommender is."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from data.batches import Batch
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A sum and the number of labels that it runs over; the training loop divides by the global step's count."""
+
+    total: Tensor  # float32 scalar
+    count: int
+    parts: dict[str, Tensor] = field(default_factory=dict)  # detached sums of named terms: logged as loss/<name>
+
+
+class Recommender(nn.Module):
+    """A model that learns from batches with labels and scores the whole catalogue for batches without.
+
+    Both go through `forward`, because that is where DistributedDataParallel and ZeRO hook in.
+    """
+
+    def forward(self, batch: Batch) -> Any:
+        """Return a `Loss` for a batch with labels, scores [B, N + 1] float32 for an evaluation batch."""
+        return self.loss(batch) if batch.row is None else self.scores(batch)
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Loss:
+        """Return the summed loss over the labels of `batch`."""
+
+    @abstractmethod
+    def scores(self, batch: Batch) -> Tensor:
+        """Return [B, N + 1] float32 scores of every catalogue item, column 0 (padding) at -inf."""

@@ -1,0 +1,165 @@
+"""BIGRec: a language model writes the next title, and the catalogue is ranked by what it would write.
+
+Source: Bao et al., "A Bi-Step Grounding Paradigm for Large Language Models in Recommendation Systems",
+arXiv 2308.08434.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from data.batches import NO_LABEL, PromptBatch
+from data.prompt_rows import PromptSettings
+from data.title_tokens import TitleTokens
+
+from . import losses
+from .backbone import Backbone, causal_model
+from .base import Loss, Recommender
+from .decoder import decoder_of, run_prefix, scoring_decoder
+from .title_generation import beam_scores, beam_search_titles
+from .title_grounding import GroundingConfig, TitleGrounding
+from .title_scoring import title_log_likelihoods
+from .title_trie import TitleTrie
+
+
+@dataclass
+class BIGRecConfig:
+    """What is trained, and how the catalogue is scored."""
+
+    objective: Literal["titles", "items"] = "titles"
+    """titles: predict the tokens of the next title. items: match the state before the next title with fixed item
+    embeddings (the mean of the title's token embeddings) under full cross-entropy over the catalogue."""
+    loss_on_inputs: bool = False
+    """Also train the tokens of the prompt, as the published code does."""
+    scoring: Literal["auto", "likelihood", "constrained", "beam", "generate", "items"] = "auto"
+    """likelihood: exact log-likelihood of every title. constrained: the same, given that the answer is a title of the
+    catalogue. beam: beam search for that. generate: free generation, grounded by embedding distance, as published.
+    items: dot product with the item embeddings. auto: items for that objective, constrained for catalogues up to
+    20,000 titles, else beam."""
+    num_beams: int = 20
+    """Beams, and so distinct titles found, of beam scoring."""
+    grounding: GroundingConfig = field(default_factory=GroundingConfig)
+    """How text is grounded when scoring is generate."""
+    prompts: PromptSettings = field(default_factory=lambda: PromptSettings(template="dense", mode="dense"))
+    """Text and length of prompts. mode dense trains every next title of a window in one pass; response is the
+    published one prompt a title."""
+
+
+# Above this many titles the exact pass over the whole trie costs more than beams lose.
+CONSTRAINED_MAX_TITLES = 20_000
+
+
+class BIGRec(Recommender):
+    """A causal language model over title tokens; every scoring mode ends in catalogue scores."""
+
+    saved_buffers = ("grounding.gamma", "grounding.popularity")
+
+    def __init__(
+        self, config: BIGRecConfig, backbone: Backbone, titles: TitleTokens, grounding: TitleGrounding
+    ) -> None:
+        super().__init__()
+        self.config, self.backbone, self.grounding = config, backbone, grounding
+        self.scoring: str = config.scoring
+        if config.scoring == "auto":
+            constrained = "constrained" if len(titles) - 1 <= CONSTRAINED_MAX_TITLES else "beam"
+            self.scoring = "items" if config.objective == "items" else constrained
+        if (config.objective == "items") != (self.scoring == "items"):
+            raise ValueError(
+                f"--method.scoring {self.scoring} does not fit --method.objective {config.objective}: a model that "
+                "matches items has learned no titles, and the other way round; use --method.scoring auto"
+            )
+        self.trie = TitleTrie.build(titles.offsets[1:], titles.ids)
+        if config.objective == "items":
+            self.item_head = ItemHead(mean_title_embeddings(backbone, titles))
+
+    def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
+        assert batch.labels is not None
+        assert batch.next_items is not None
+        # Training pads stand on the right, where a causal model never sees them: no mask keeps the fast kernels.
+        decoder = decoder_of(self.backbone)
+        states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        if self.config.objective == "items":
+            labelled = batch.next_items > 0
+            return Loss(self.item_head.loss(states[labelled], batch.next_items[labelled]), batch.count)
+        labelled = batch.labels != NO_LABEL
+        # Vocabulary logits exist only where there is a label, and there a chunk at a time.
+        total = losses.full_cross_entropy(states[labelled], decoder.weight, batch.labels[labelled])
+        return Loss(total, batch.count)
+
+    def scores(self, batch: PromptBatch) -> Tensor:  # type: ignore[override]
+        ids, mask = batch.input_ids, batch.attention_mask
+        if self.scoring == "items":
+            return self.item_head(run_prefix(scoring_decoder(self.backbone), ids, mask, use_cache=False).last_state)
+        if self.scoring in ("likelihood", "constrained"):
+            constrained = self.scoring == "constrained"
+            return title_log_likelihoods(self.backbone, ids, mask, self.trie, constrained=constrained)
+        if self.scoring == "generate":
+            return self.grounding.scores(self.backbone, batch)
+        items, log_likelihoods = beam_search_titles(self.backbone, ids, mask, self.trie, self.config.num_beams)
+        return beam_scores(items, log_likelihoods, self.trie)
+
+    @property
+    def chooses_gamma(self) -> bool:
+        """Whether `choose_gamma` has something to do."""
+        return self.scoring == "generate" and self.grounding.chooses_gamma
+
+    @torch.inference_mode()
+    def choose_gamma(self, batches: Iterable[PromptBatch], target_items: np.ndarray) -> None:
+        """Fit the injection's exponent on validation: this process's batches, and the held-out item of every row."""
+        self.eval()
+        parts = [
+            (batch.row, self.grounding.distances(self.backbone, batch), self.grounding.weight(batch))
+            for batch in batches
+        ]
+        shares = gather_object([tuple(torch.cat(column).cpu() for column in zip(*parts, strict=True))])
+        rows, distances, weights = (torch.cat(column) for column in zip(*shares, strict=True))
+        distinct, first = np.unique(rows.numpy(), return_index=True)  # a loader may repeat rows
+        targets = torch.from_numpy(target_items[distinct])
+        self.grounding.calibrate(distances[first], weights[first], targets)
+
+
+class ItemHead(nn.Module):
+    """Matches a state with fixed item embeddings: a projection, a learned temperature, and a dot product."""
+
+    table: Tensor
+
+    def __init__(self, table_NH: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", nn.functional.normalize(table_NH, dim=1))  # row 0, padding, stays zero
+        self.projection = nn.Linear(table_NH.shape[1], table_NH.shape[1])
+        self.log_scale = nn.Parameter(torch.tensor(20.0).log())
+        nn.init.eye_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def loss(self, states_TH: Tensor, item_T: Tensor) -> Tensor:
+        """Return the summed full cross-entropy over the catalogue."""
+        query = nn.functional.normalize(self.projection(states_TH).float(), dim=1) * self.log_scale.exp()
+        return losses.full_cross_entropy(query, self.table[1:], item_T - 1)
+
+    def forward(self, states_BH: Tensor) -> Tensor:
+        """Return scores [B, N + 1] float32; the temperature does not change the order."""
+        with torch.autocast(states_BH.device.type, enabled=False):
+            query = nn.functional.normalize(self.projection(states_BH.float()), dim=1)
+            scores = query @ self.table.float().T
+        scores[:, 0] = -torch.inf
+        return scores
+
+
+@torch.no_grad()
+def mean_title_embeddings(backbone: Backbone, titles: TitleTokens) -> Tensor:
+    """Return [N + 1, H] float32: the mean input embedding of each title's tokens without EOS; row 0 is zero."""
+    weight = causal_model(backbone).get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    # One bag a title; the last token of each, EOS, says nothing about the item.
+    keep = torch.ones(len(titles.ids), dtype=torch.bool)
+    keep[torch.from_numpy(titles.offsets[1:] - 1)] = False
+    ids = torch.from_numpy(titles.ids).long()[keep].to(weight.device)
+    starts = torch.from_numpy(titles.offsets[:-1]) - torch.arange(len(titles))
+    table = nn.functional.embedding_bag(ids, weight.float(), starts.to(weight.device), mode="mean")
+    table[0] = 0
+    return table

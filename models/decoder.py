@@ -1,0 +1,110 @@
+"""A causal language model as what scores titles: states, logits, and the memory of a prompt.
+
+Everything here takes any Hugging Face causal decoder, with or without a PEFT adapter.
+Prompts are left-padded: their last column is the last token of every prompt.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from .backbone import Backbone, causal_model
+
+
+class Decoder(NamedTuple):
+    """The two halves of a causal language model: tokens -> states after the final norm, states -> logits."""
+
+    body: PreTrainedModel
+    head: Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's weight, [V, H]."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+class Prefix(NamedTuple):
+    """What the model knows after the prompts."""
+
+    mask: Tensor  # [B, P]
+    length: Tensor  # [B] tokens without padding
+    last_state: Tensor  # [B, H] after the final norm
+    cache: DynamicCache
+
+
+def decoder_of(model: Backbone) -> Decoder:
+    """The two halves of a backbone, adapter included; raises ValueError where there is more between them."""
+    causal = causal_model(model)
+    config = causal.config.get_text_config()
+    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
+        if getattr(config, name, neutral) not in (None, neutral):
+            raise ValueError(
+                f"{config.model_type} changes its logits behind the head ({name} = {getattr(config, name)}), "
+                "which is not done here: pass another --backbone.name"
+            )
+    head = causal.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"{config.model_type} adds a bias to its logits, which is not done here: pass another --backbone.name"
+        )
+    return Decoder(cast(PreTrainedModel, causal.base_model), head)
+
+
+def scoring_decoder(model: Backbone) -> Decoder:
+    """`decoder_of` for scoring; raises ValueError in training mode."""
+    if causal_model(model).training:
+        raise ValueError("the backbone is in training mode, where dropout changes the scores: call model.eval()")
+    return decoder_of(model)
+
+
+def run_prefix(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = True) -> Prefix:
+    """Run prompts [B, P] that are padded on the left."""
+    output = decoder.body(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+        use_cache=use_cache,
+    )
+    return Prefix(attention_mask, attention_mask.sum(1), output.last_hidden_state[:, -1], output.past_key_values)
+
+
+def last_token_embeddings(
+    model: Backbone, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64
+) -> Tensor:
+    """The base model's state after the final norm at the last token of BOS + text: [n, H] float32.
+
+    The adapter is off and no EOS is added, as BIGRec grounds titles (arXiv 2308.08434). Equal texts run once.
+    """
+    distinct = list(dict.fromkeys(texts))
+    start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
+    # a tokenizer without BOS has nothing to say for an empty text: EOS is what separates texts there
+    ids = [(start_ids + tokens) or [tokenizer.eos_token_id] for tokens in encoded]
+    adapter_off = nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter()
+    with torch.no_grad(), adapter_off:
+        decoder = scoring_decoder(model)
+        device = decoder.body.device
+        embeddings = torch.empty(len(ids), decoder.body.config.get_text_config().hidden_size, device=device)
+        shortest_first = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for start in range(0, len(ids), batch_size):
+            rows = shortest_first[start : start + batch_size]
+            width = len(ids[rows[-1]])
+            keep = torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows])
+            tokens = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids[row])) + ids[row] for row in rows])
+            prefix = run_prefix(decoder, tokens.to(device), keep.to(device), use_cache=False)
+            embeddings[rows] = prefix.last_state.float()
+    row_of = {text: row for row, text in enumerate(distinct)}
+    return embeddings[[row_of[text] for text in texts]]
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """log p over the last axis, at least in float32."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,110 @@
+"""Losses over a catalogue or a vocabulary. Each returns a float32 *sum* over its rows; the training loop normalises.
+
+T labelled positions, H width, K negatives, N classes (items, or tokens of a vocabulary).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ROWS = 1024  # rows of logits alive at once: [1024, 3417] float32 is 14 MB, which stays in a CPU's cache
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Full softmax cross-entropy whose [T, N] logits exist one chunk at a time.
+
+    The gradient is known as soon as a chunk's softmax is, so the forward pass computes it there and the backward
+    pass only scales it: three matrix products in all, no recomputation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int) -> Tensor:
+        total = hidden_TH.new_zeros((), dtype=_accumulation_dtype(hidden_TH))
+        grad_hidden = torch.empty_like(hidden_TH) if hidden_TH.requires_grad else None
+        grad_table = torch.zeros_like(table_NH, dtype=total.dtype) if table_NH.requires_grad else None
+        for start in range(0, len(hidden_TH), chunk_rows):
+            hidden, target = hidden_TH[start : start + chunk_rows], target_T[start : start + chunk_rows, None]
+            logits = (hidden @ table_NH.T).to(total.dtype)
+            largest = logits.amax(dim=1, keepdim=True)
+            positive = logits.gather(1, target) - largest
+            exponentials = logits.sub_(largest).exp_()  # one exponential an entry serves the loss and the gradient
+            normaliser = exponentials.sum(dim=1, keepdim=True)
+            total += (normaliser.log() - positive).sum()
+            if grad_hidden is None and grad_table is None:
+                continue
+            softmax = exponentials.div_(normaliser)
+            softmax.scatter_add_(1, target, torch.full_like(normaliser, -1))
+            grad = softmax.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, table_NH, out=grad_hidden[start : start + chunk_rows])
+            if grad_table is not None:
+                grad_table += grad.T @ hidden
+        ctx.save_for_backward(grad_hidden, None if grad_table is None else grad_table.to(table_NH.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (grad if grad is None else grad * grad_total for grad in ctx.saved_tensors)
+        return *grads, None, None
+
+
+def full_cross_entropy(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+    """Sum of -log softmax(h E^T)[target] over the rows of `table_NH`, [T, N] logits never existing at once.
+
+    For a catalogue pass the table without its padding row, and targets counted from there: `table[1:]`, `item - 1`.
+    """
+    if torch.is_autocast_enabled(hidden_TH.device.type):
+        dtype = torch.get_autocast_dtype(hidden_TH.device.type)
+        hidden_TH, table_NH = hidden_TH.to(dtype), table_NH.to(dtype)
+    return _ChunkedCrossEntropy.apply(hidden_TH, table_NH, target_T, chunk_rows)
+
+
+def binary_cross_entropy(positive_T: Tensor, negative_TK: Tensor) -> Tensor:
+    """Sum over rows of (-log s(s+) - sum_k log(1 - s(s-_k))) / (K + 1)."""
+    return gbce(positive_T, negative_TK, beta=1.0)
+
+
+def gbce(positive_T: Tensor, negative_TK: Tensor, beta: float) -> Tensor:
+    """Generalised binary cross-entropy of gSASRec: the positive's log-likelihood is weighted by `beta`.
+
+    Source: Petrov and Macdonald, 2023, eq. 6; the closed form needs neither float64 nor clamps.
+    """
+    positive, negative = positive_T.to(_accumulation_dtype(positive_T)), negative_TK
+    terms = beta * F.softplus(-positive) + F.softplus(negative.to(positive.dtype)).sum(dim=1)
+    return terms.sum() / (negative_TK.shape[1] + 1)
+
+
+def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
+    """Return beta = 1 - t (1 - alpha), alpha = K / (N - 1); t = 0 is BCE, t = 1 gives calibrated probabilities."""
+    alpha = num_negatives / (num_items - 1)
+    return 1 - t * (1 - alpha)
+
+
+def sampled_cross_entropy(
+    positive_T: Tensor,
+    negative_TK: Tensor,
+    hits_TK: Tensor | None = None,
+    log_q_TK: Tensor | None = None,
+    log_q_positive_T: Tensor | None = None,
+) -> Tensor:
+    """Sum of -s+ + logsumexp(s+, s-_1 .. s-_K).
+
+    `hits_TK` marks negatives that equal the positive: they leave the sum. `log_q_TK` is the log-probability with
+    which each negative was drawn (logQ correction); the positive was not drawn, so it is corrected only where
+    `log_q_positive_T` is given, as some published code does.
+    """
+    positive = positive_T.to(_accumulation_dtype(positive_T))
+    negative = negative_TK.to(positive.dtype)
+    if log_q_TK is not None:
+        negative = negative - log_q_TK
+    if log_q_positive_T is not None:
+        positive = positive - log_q_positive_T
+    if hits_TK is not None:
+        negative = negative.masked_fill(hits_TK, -torch.inf)
+    return (torch.cat([positive[:, None], negative], dim=1).logsumexp(dim=1) - positive).sum()
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,93 @@
+"""Learning rates by step, and which parameters decay."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.sasrec import SASRec, SASRecConfig
+from trainers.config import TrainConfig
+from trainers.optimizer import build_optimizer, learning_rate, set_learning_rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", {0: 0.25, 3: 1, 4: 1, 9: 1, 11: 1}),
+        ("linear", {0: 0.25, 1: 0.5, 3: 1, 4: 1, 8: 0.5, 11: 0.125, 12: 0, 99: 0}),
+        ("cosine", {0: 0.25, 3: 1, 4: 1, 6: (1 + math.sqrt(0.5)) / 2, 8: 0.5, 10: (1 - math.sqrt(0.5)) / 2, 12: 0}),
+    ],
+)
+def test_learning_rates(schedule, rates: dict[int, float]) -> None:
+    """Twelve steps, four of them warm-up, peak 3."""
+    config = TrainConfig(lr=3.0, schedule=schedule, warmup_steps=4)
+    for step, rate in rates.items():
+        assert learning_rate(step, 12, config) == pytest.approx(3 * rate, abs=1e-12), f"step {step}"
+
+
+def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
+    for schedule in ("constant", "linear", "cosine"):
+        assert learning_rate(0, 10, TrainConfig(lr=0.5, schedule=schedule)) == 0.5  # type: ignore[arg-type]
+
+
+def test_norms_biases_and_tables_do_not_decay() -> None:
+    model = SASRec(SASRecConfig(hidden_size=8, num_blocks=1), num_items=5)
+    optimizer = build_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.3, betas=(0.8, 0.95)))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decayed = {name for name, parameter in model.named_parameters() if decay[id(parameter)] == 0.3}
+    layers = ("query_key_value", "attention_out", "inner", "outer")
+    assert decayed == {f"blocks.0.{layer}.weight" for layer in layers}
+    assert all(decay[id(p)] == 0 for name, p in model.named_parameters() if name not in decayed)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.95)}
+
+
+def test_a_tied_table_does_not_decay_and_frozen_parameters_are_left_out() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 9, bias=False)  # comes first in parameters(), and still is a table
+            self.table = nn.Embedding(9, 4)
+            self.table.weight = self.head.weight
+            self.free, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+    model = Tied()
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.1))
+    groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
+    assert groups == {0.1: {id(model.free.weight)}, 0.0: {id(model.head.weight), id(model.free.bias)}}
+
+
+def test_decay_shrinks_weights_by_the_rate_times_the_decay() -> None:
+    layer = nn.Linear(3, 3)
+    before = layer.weight.detach().clone(), layer.bias.detach().clone()
+    optimizer = build_optimizer(layer, TrainConfig(lr=0.1, weight_decay=0.5))
+    set_learning_rate(optimizer, 0.2)
+    (layer.weight.sum() * 0 + layer.bias.sum() * 0).backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before[0] * (1 - 0.2 * 0.5))
+    torch.testing.assert_close(layer.bias.detach(), before[1])
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"--backbone\.adapter"):
+        build_optimizer(nn.Linear(2, 2).requires_grad_(False), TrainConfig())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 0},
+        {"patience": 0},
+        {"keep_checkpoints": 0},
+        {"micro_batch_size": -1},
+        {"eval_every_steps": 0},
+        {"lr": 0.0},
+        {"weight_decay": -0.1},
+        {"warmup_steps": -1},
+        {"max_grad_norm": -1.0},
+    ],
+)
+def test_settings_without_a_meaning_are_refused_by_their_flag(settings: dict[str, float]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"--train\.{name} is {settings[name]}"):
+        TrainConfig(**settings)  # type: ignore[arg-type]

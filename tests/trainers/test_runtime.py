@@ -1,0 +1,80 @@
+"""The Accelerator as this project sets it up: precision, threads, and refusals instead of surprises."""
+
+import os
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from trainers import runtime as runtime_module
+from trainers.runtime import HostCopy, Runtime, best_precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "fast_on_cpu", "native_on_gpu", "expected"),
+    [
+        (CPU, True, True, "bf16"),
+        (CPU, False, True, "fp32"),  # bfloat16 without units for it is many times slower than float32
+        (CUDA, False, True, "bf16"),
+        (CUDA, True, False, "fp16"),  # an older GPU, which would only emulate bfloat16
+        (torch.device("mps"), True, True, "fp32"),
+    ],
+)
+def test_auto_takes_what_is_fast_there(monkeypatch, device, fast_on_cpu, native_on_gpu, expected) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast_on_cpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native_on_gpu)
+    assert best_precision(device) == expected
+
+
+class Product(nn.Module):
+    """Says in which type a matrix product is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> list[torch.dtype]:
+        return [self.layer(x).dtype]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_reaches_the_model(fresh_state, precision: str, dtype: torch.dtype) -> None:
+    own = Runtime(precision)
+    model = Product()
+    prepared, _ = own.prepare(model, torch.optim.SGD(model.parameters()))
+    assert prepared(torch.ones(1, 4)) == [dtype]
+    assert own.unwrap(prepared)(torch.ones(1, 4)) == [dtype], "evaluation keeps it"
+    assert own.scaler is None
+    assert model.layer.weight.dtype == torch.float32, "weights and optimizer stay in float32"
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 8), (2, 4), (3, 2), (99, 1)])
+def test_processes_share_the_cores(monkeypatch, fresh_state, processes: int, threads: int) -> None:
+    """`accelerate launch` leaves one thread a process on CPU, whatever the machine has."""
+    used: list[int] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(runtime_module, "_end_with_launcher", lambda: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    Runtime("fp32")
+    assert used == [threads]
+
+
+def test_without_a_launcher_threads_stay_as_they_are(monkeypatch, fresh_state) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("threads were changed"))
+    Runtime("fp32")
+
+
+def test_small_numbers_come_to_the_host() -> None:
+    assert HostCopy(torch.tensor([3, 0, 2])).read() == [3, 0, 2]
+
+
+def test_another_kind_of_launch_is_refused(monkeypatch, fresh_state) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(NotImplementedError, match=r"launch/accelerate/ddp\.yaml"):
+        Runtime("fp32")

@@ -1,0 +1,71 @@
+"""Settings of a training run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# Settings that count something; those that may be left out are None then.
+COUNTS = (
+    *("epochs", "max_steps", "batch_size", "micro_batch_size", "eval_batch_size", "eval_every_epochs"),
+    *("eval_every_steps", "patience", "save_every_steps", "keep_checkpoints", "log_every_steps"),
+)
+
+
+@dataclass
+class TrainConfig:
+    """How the model is trained; the same words mean the same on one CPU and on many GPUs."""
+
+    epochs: int = 10
+    """Passes over the training examples (an upper bound when patience is set)."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever epochs says."""
+    batch_size: int = 128
+    """Examples of one optimizer step over all processes; accumulation follows from micro_batch_size."""
+    micro_batch_size: int | None = None
+    """Examples of one forward pass on one process; all of a process's share of the step when not given."""
+    eval_batch_size: int = 256
+    """Examples of one evaluation pass on one process."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms, biases and embeddings are left out."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up; linear and cosine reach zero as the last step ends."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+    max_grad_norm: float = 0.0
+    """Clip the global gradient norm to this value; 0 does not clip."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type; auto takes bf16 where the hardware multiplies it faster (CUDA, or a CPU with bf16 units)."""
+    seed: int = 42
+    """Seed of weights, order, dropout and negatives."""
+    group_by_length: bool = True
+    """Put examples of similar length into the same batch, so that little padding is computed."""
+    eval_every_epochs: int = 1
+    """Evaluate on validation users every so many epochs (and at the end)."""
+    eval_every_steps: int | None = None
+    """Evaluate every so many steps instead of by epochs."""
+    metric: str = "NDCG@10"
+    """Validation metric that selects the best checkpoint and drives patience."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better metric; None trains to the end."""
+    save_every_steps: int | None = None
+    """Also checkpoint every so many steps, not only at each evaluation."""
+    keep_checkpoints: int = 1
+    """Recent checkpoints to keep besides the best."""
+    log_every_steps: int = 10
+    """Write a line of metrics every so many steps."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Accelerate trackers that also receive the metrics: tensorboard, wandb, mlflow, trackio; [] for none."""
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--train.{name} is {value}, but must be at least 1")
+        if self.lr <= 0:
+            raise ValueError(f"--train.lr is {self.lr}, but must be above 0")
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--train.{name} is {getattr(self, name)}, but must not be negative")

@@ -1,0 +1,129 @@
+"""The Accelerator: the one place that knows how many processes there are and on what hardware."""
+
+import ctypes
+import os
+import signal
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration
+from torch import Tensor, nn
+
+from data.loaders import Share
+
+
+class HostCopy:
+    """Small integers on their way from the device: reading waits for them, not for work that was queued since."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.to("cpu", non_blocking=True)
+        self.arrived = torch.Event(values.device) if values.device.type != "cpu" else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class Runtime:
+    """A thin layer over Accelerate whose rules are ours: see `backward` for the one that matters."""
+
+    def __init__(self, precision: str = "auto", trackers: list[str] | None = None, folder: Path | None = None):
+        # Without this, a multi-process launch on a machine without accelerator trains one copy a process.
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        self.precision = best_precision(state.device) if precision == "auto" else precision
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(logging_dir=str(folder)) if folder else None,
+            step_scheduler_with_optimizer=False,
+        )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise NotImplementedError(
+                "this Accelerate configuration asks for DeepSpeed, which the training loop does not drive yet: "
+                "use launch/accelerate/ddp.yaml"
+            )
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if asked != self.share.num_processes:
+            raise RuntimeError(
+                f"the launcher started {asked} processes, but {self.share.num_processes} joined: each would train "
+                "alone. Check --num_processes and the Accelerate configuration (launch/accelerate/)"
+            )
+        if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # started by a launcher
+            self._use_all_cores()
+            _end_with_launcher()
+
+    def _use_all_cores(self) -> None:
+        """Undo `accelerate launch`'s single thread a process on CPU: the processes here share the cores evenly."""
+        if self.device.type == "cpu":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap model and optimizer for this launch (DDP, autocast, loss scaling)."""
+        return self.accelerator.prepare(model, optimizer)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the module inside DDP; its forward keeps autocast."""
+        return self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+
+    def backward(self, total: Tensor, global_count: Tensor) -> None:
+        """Add the gradient of `total / global_count`.
+
+        `total` is a sum over this process's micro-batch and `global_count` the labels of the whole step. DDP averages
+        gradients over processes, so the sum is scaled up by their number first; the result is the exact mean over
+        all labels, however they are spread.
+        """
+        self.accelerator.backward(total * (self.share.num_processes / global_count))
+
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Return the global gradient norm, after scaling the gradients down to `max_norm` where that is above 0."""
+        return self.accelerator.clip_grad_norm_(model.parameters(), max_norm or torch.inf)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What keeps fp16 gradients in range; none for other types."""
+        return self.accelerator.scaler
+
+    def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager:
+        """Return a context that leaves gradients unreduced until the step's last micro-batch."""
+        return nullcontext() if is_last else self.accelerator.no_sync(model)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the element-wise sum of a small tensor over all processes."""
+        if self.share.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def close(self) -> None:
+        """Finish trackers and leave the process group."""
+        self.accelerator.end_training()
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+
+def best_precision(device: torch.device) -> str:
+    """Return the autocast type whose matrix products are fastest there and safe: "bf16", "fp16" or "fp32"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    fast_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if device.type == "cpu" and fast_bf16 else "fp32"
+
+
+def _end_with_launcher() -> None:
+    """Ask Linux for SIGTERM when the launcher dies: `accelerate launch` passes no signal on to a single process."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
