@@ -55,7 +55,7 @@ def markdown(files: list[Path]) -> str:
         figures = [cell(runs, metric) for metric in ("HR@10", "NDCG@10")]
         popularity = "/".join(f"{first['popularity'][m]:.4f}" for m in ("HR@10", "NDCG@10"))
         data = f"{first['dataset']}, {first['split']['users']:,} users, {first['split']['items']:,} items"
-        seconds = np.median([run["timing"]["train_seconds"] for run in runs])
+        seconds = min(run["timing"]["train_seconds"] for run in runs)
         device = f"{first['environment']['device']}, {first['environment']['threads']} threads"
         rows.append(
             f"| {name} | {data} | {len(runs)} | {figures[0]} | {figures[1]} | {popularity} | {seconds:.0f} | {device} |"

@@ -20,7 +20,7 @@ from evaluation.results import write_ranks
 from launch.loading import load_run, read_data_of
 from launch.parser import SettingsParser
 from launch.show import figures
-from trainers.runtime import Runtime
+from trainers.runtime import Runtime, leave
 
 
 @dataclass(kw_only=True)
@@ -74,4 +74,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

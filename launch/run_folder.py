@@ -138,7 +138,7 @@ def read_catalog(file: Path) -> Catalog:
 
 def describe_environment(runtime: Runtime) -> dict[str, Any]:
     """Return versions, commit, hardware and the launch command."""
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.processor()
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _processor()
     return {
         "command": sys.argv,
         "commit": _commit(),
@@ -149,6 +149,16 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         "precision": runtime.precision,
         "world_size": runtime.share.num_processes,
     }
+
+
+def _processor() -> str:
+    """Return the processor's model where Linux tells, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]}, {len(models)} cores" if models else platform.processor()
 
 
 def _commit() -> str | None:

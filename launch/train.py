@@ -33,7 +33,7 @@ from trainers.checkpoint import Checkpoints, CorruptCheckpoint, restore
 from trainers.loop import NonFiniteLoss, Trainer
 from trainers.optimizer import build_optimizer
 from trainers.progress import Progress
-from trainers.runtime import Runtime
+from trainers.runtime import Runtime, leave
 from trainers.signals import Interrupted, Stop
 from trainers.tracking import Tracking
 
@@ -259,4 +259,4 @@ def set_up_logging(runtime: Runtime) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

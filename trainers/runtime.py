@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -120,6 +121,19 @@ def best_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     fast_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if device.type == "cpu" and fast_bf16 else "fp32"
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process; call it last, with nothing left to write.
+
+    One of several processes ends without taking Python apart: a thread of gloo may still hold a tensor, and giving
+    it back to an interpreter that is going away aborts the process (pytorch/pytorch#179291), and so the whole job.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def _end_with_launcher() -> None:

@@ -51,9 +51,8 @@ class Tracking:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-        for tracker in self.runtime.accelerator.trackers:
-            if tracker.name == "tensorboard":  # it writes every two minutes, and not at the end of the process
-                tracker.writer.flush()
+        while self.runtime.accelerator.trackers:  # also when a signal ends the run: they write what they still hold
+            self.runtime.accelerator.trackers.pop().finish()
 
     def _forget_after(self, progress: Progress) -> None:
         """Drop the lines of later steps and validations, which this run writes again, and one that was cut off."""

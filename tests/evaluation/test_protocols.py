@@ -100,5 +100,5 @@ def test_every_unseen_item_can_be_asked_for() -> None:
 
 def test_too_few_unseen_items_is_an_error_with_a_remedy() -> None:
     split = leave_one_out([list(range(1, 30)), list(range(1, 41))], num_items=50)
-    with pytest.raises(ValueError, match=r"user user-1 has 10 unseen items.*candidates-20.*--protocol full"):
+    with pytest.raises(ValueError, match=r"user user-1 has 10 unseen items.*candidates-20.*--evaluation.protocol full"):
         draw_candidates(split, "test", "candidates-20", seed=0)

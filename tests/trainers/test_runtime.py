@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from trainers import runtime as runtime_module
-from trainers.runtime import HostCopy, Runtime, best_precision
+from trainers.runtime import HostCopy, Runtime, best_precision, leave
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -78,3 +78,15 @@ def test_another_kind_of_launch_is_refused(monkeypatch, fresh_state) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(NotImplementedError, match=r"launch/accelerate/ddp\.yaml"):
         Runtime("fp32")
+
+
+@pytest.mark.parametrize(("processes", "at_once"), [(1, []), (2, [143])])
+def test_one_of_several_processes_leaves_without_taking_python_apart(monkeypatch, processes: int, at_once) -> None:
+    """Gloo's threads abort an interpreter that is going away: a finished job would count as failed."""
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(SystemExit) as end:
+        leave(143)
+    assert left == at_once
+    assert end.value.code == 143
