@@ -64,13 +64,13 @@ def test_a_finished_run_shows_its_results_at_once(finished: Path) -> None:
 
 
 def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
-    first = start(*SMALL, "--train.epochs=100000", output=tmp_path / "run")
+    first = start(*SMALL, "--train.epochs=2000", output=tmp_path / "run")
     try:
         end = time.monotonic() + 60
         while not (first.folder / "metrics.jsonl").is_file():
             assert time.monotonic() < end, first.text()
             time.sleep(0.1)
-        second = run(*SMALL, "--train.epochs=100000", output=tmp_path / "run")
+        second = run(*SMALL, "--train.epochs=2000", output=tmp_path / "run")
         assert second.process.exitcode == 1
         assert f"another run is using {first.folder}" in second.text()
         assert first.process.is_alive()
@@ -78,7 +78,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
         first.process.kill()
         first.wait()
     # A run that was killed holds nothing.
-    after = run(*SMALL, "--train.epochs=100000", "--train.max_steps=1", output=tmp_path / "run")
+    after = run(*SMALL, "--train.epochs=2000", "--train.max_steps=1", output=tmp_path / "run")
     assert after.process.exitcode == 0, after.text()
 
 

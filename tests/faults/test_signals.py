@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.runs import ROOT, SMALL, At, losses, results, run, start
 
@@ -18,7 +19,7 @@ MOMENTS = {
     "a validation": At(EVALUATOR, "Evaluator._summarise", 2, signal.SIGTERM, seconds=60),
     "the evaluation of the test users": At(EVALUATOR, "Evaluator._summarise", 5, signal.SIGTERM, seconds=60),
 }
-SECONDS = 20
+SECONDS = 45
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,8 @@ def test_a_step_is_finished_and_saved(undisturbed: Path, tmp_path: Path, number:
 
 
 def launched(folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
-    """Start a run that would train for hours, and wait until it trains."""
-    command = [*launcher, str(ROOT / "launch/train.py"), *SMALL, "--train.epochs=100000", f"--output={folder}"]
+    """Start a run that would train for minutes, and wait until it trains."""
+    command = [*launcher, str(ROOT / "launch/train.py"), *SMALL, "--train.epochs=2000", f"--output={folder}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: (folder / "metrics.jsonl").is_file() or process.poll() is not None, 90)
@@ -89,7 +90,9 @@ def test_the_run_ends_with_its_launcher(tmp_path: Path, number: int) -> None:
     process = launched(folder, sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--cpu")
     process.send_signal(number)
     assert process.wait(SECONDS) == -number
-    # The run lets go of its folder when it ends; until then the same command is refused.
-    again = start(*SMALL, "--train.epochs=100000", "--train.max_steps=1", output=folder)
+    # The run holds its folder until it ends: an orphan would keep it.
+    with FileLock(folder / ".lock", timeout=SECONDS):
+        assert (folder / "checkpoints/LATEST").is_file()
+    again = start(*SMALL, "--train.epochs=2000", "--train.max_steps=1", output=folder)
     assert again.wait() == 0, again.text()
     assert "resuming" in again.text()
