@@ -8,14 +8,16 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from .batches import Batch, Examples
 
-# Examples are sorted by length inside groups of this many steps: large enough to leave almost no padding, small
-# enough that the order of an epoch stays random.
+LengthGroups = Literal["step", "epoch"]
+# With "epoch", examples are sorted by length inside groups of this many steps: large enough to leave almost no padding,
+# small enough that the order of an epoch stays random.
 STEPS_PER_LENGTH_GROUP = 50
 
 
@@ -39,7 +41,9 @@ class TrainingLoader:
     """Yields one `Step` for each optimizer step of an epoch.
 
     `batch_size` counts the examples of a step over all processes, `micro_batch_size` those of one forward pass on
-    one process; accumulation follows from the two.
+    one process; accumulation follows from the two. `group_by_length` "step" draws a step at random and sorts it, so
+    that its micro-batches hold examples of similar length; "epoch" makes whole steps of similar length, which leaves
+    the least padding, but a step's gradient then speaks for short or for long examples only.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class TrainingLoader:
         micro_batch_size: int | None,
         share: Share,
         seed: int,
-        group_by_length: bool = True,
+        group_by_length: LengthGroups = "step",
     ) -> None:
         if len(examples.lengths) == 0:
             raise ValueError("there is nothing to train on: the training part of the split is empty (--data.*)")
@@ -66,14 +70,15 @@ class TrainingLoader:
         """Return the example indices of every step of `epoch`, longest examples first within a step."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.examples.lengths))
-        if not self.group_by_length:
-            return np.split(order, range(self.batch_size, len(order), self.batch_size))
-        group_size = self.batch_size * STEPS_PER_LENGTH_GROUP
-        steps: list[np.ndarray] = []
-        for group in np.split(order, range(group_size, len(order), group_size)):
-            group = group[np.argsort(-self.examples.lengths[group], kind="stable")]
-            steps += np.split(group, range(self.batch_size, len(group), self.batch_size))
+        if self.group_by_length == "step":
+            return [self._sort(step) for step in _cut(order, self.batch_size)]
+        groups = _cut(order, self.batch_size * STEPS_PER_LENGTH_GROUP)
+        steps = [step for group in groups for step in _cut(self._sort(group), self.batch_size)]
         return [steps[i] for i in random.permutation(len(steps))]
+
+    def _sort(self, indices: np.ndarray) -> np.ndarray:
+        """Return the longest examples first."""
+        return indices[np.argsort(-self.examples.lengths[indices], kind="stable")]
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
         """Yield the steps of `epoch` from `first_step` on; the next one is collated while the current one trains."""
@@ -86,8 +91,8 @@ class TrainingLoader:
                     pending.append(worker.submit(self._collate, remaining[i + 2], epoch))
 
     def _collate(self, step: np.ndarray, epoch: int) -> Step:
-        size, share = self.micro_batch_size, self.share
-        parts = np.split(step, range(size, len(step), size))
+        share = self.share
+        parts = _cut(step, self.micro_batch_size)
         mine = parts[share.process_index :: share.num_processes]
         batches = [self.examples.collate(part, epoch) for part in mine]
         if len(batches) < math.ceil(len(parts) / share.num_processes):
@@ -108,7 +113,7 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         order = np.argsort(-self.examples.lengths, kind="stable")
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        batches = _cut(order, self.batch_size)
         processes = self.share.num_processes
         batches += [batches[i % len(batches)] for i in range(-len(batches) % processes)]
         for indices in batches[self.share.process_index :: processes]:
@@ -119,7 +124,12 @@ def padding_share(lengths: np.ndarray, plan: list[np.ndarray], micro_batch_size:
     """Return the share of padding among the tokens of an epoch, 0 to 1."""
     real = padded = 0
     for step in plan:
-        for part in np.split(step, range(micro_batch_size, len(step), micro_batch_size)):
+        for part in _cut(step, micro_batch_size):
             real += int(lengths[part].sum())
             padded += int(lengths[part].max()) * len(part)
     return 1 - real / padded
+
+
+def _cut(indices: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return pieces of `size`, the last one of what is left."""
+    return np.split(indices, range(size, len(indices), size))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.loaders import LengthGroups
+
 # Settings that count something; those that may be left out are None then.
 COUNTS = (
     *("epochs", "max_steps", "batch_size", "micro_batch_size", "eval_batch_size", "eval_every_epochs"),
@@ -40,8 +42,10 @@ class TrainConfig:
     """Autocast type; auto takes bf16 where the hardware multiplies it faster (CUDA, or a CPU with bf16 units)."""
     seed: int = 42
     """Seed of weights, order, dropout and negatives."""
-    group_by_length: bool = True
-    """Put examples of similar length into the same batch, so that little padding is computed."""
+    group_by_length: LengthGroups = "step"
+    """What holds examples of similar length, so that little padding is computed: the micro-batches of a step, whose
+    examples are drawn at random (set micro_batch_size well below batch_size), or whole steps of an epoch, which pads
+    least and trains SASRec at half the pace."""
     eval_every_epochs: int = 1
     """Evaluate on validation users every so many epochs (and at the end)."""
     eval_every_steps: int | None = None

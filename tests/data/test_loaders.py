@@ -11,7 +11,15 @@ from torch import Tensor
 
 from data.batches import EvaluationSequences, SequenceBatch, TrainingSequences
 from data.config import DataConfig
-from data.loaders import STEPS_PER_LENGTH_GROUP, EvaluationLoader, Share, Step, TrainingLoader, padding_share
+from data.loaders import (
+    STEPS_PER_LENGTH_GROUP,
+    EvaluationLoader,
+    LengthGroups,
+    Share,
+    Step,
+    TrainingLoader,
+    padding_share,
+)
 from data.negatives import UniformNegatives
 from data.sources import read
 from data.splits import Split, Targets, split
@@ -42,7 +50,7 @@ def loader(
     micro_batch_size: int | None = None,
     share: Share | None = None,
     seed: int = 1,
-    group_by_length: bool = True,
+    group_by_length: LengthGroups = "epoch",
 ) -> TrainingLoader:
     return TrainingLoader(examples, batch_size, micro_batch_size, share or Share(), seed, group_by_length)
 
@@ -65,9 +73,9 @@ def sample() -> Split:
 # --- Training ---
 
 
-@pytest.mark.parametrize("group_by_length", [True, False])
+@pytest.mark.parametrize("group_by_length", ["step", "epoch"])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 8 * STEPS_PER_LENGTH_GROUP + 3])
-def test_every_example_comes_exactly_once_an_epoch(count: int, group_by_length: bool) -> None:
+def test_every_example_comes_exactly_once_an_epoch(count: int, group_by_length: LengthGroups) -> None:
     made = loader(numbered(count), group_by_length=group_by_length)
     steps = list(made.epoch(0))
     assert len(steps) == made.steps_per_epoch == -(-count // 8)
@@ -119,7 +127,7 @@ def test_two_processes_and_two_micro_batches_see_the_same_batches(sample: Split)
 
 
 def test_a_process_without_a_share_runs_a_muted_batch() -> None:
-    last = list(loader(numbered(17), batch_size=8, share=Share(1, 2), group_by_length=False).epoch(0))[-1]
+    last = list(loader(numbered(17), batch_size=8, share=Share(1, 2), group_by_length="step").epoch(0))[-1]
     assert [batch.count for batch in last.batches] == [0]
     assert last.indices == []
 
@@ -137,12 +145,20 @@ def test_an_epoch_resumes_at_any_step(processes: int) -> None:
 def test_length_groups_leave_little_padding(data_root: Path, source: str, batch_size: int) -> None:
     config = DataConfig(source=source, root=data_root)
     lengths = TrainingSequences(split(read(config), config), window=200).lengths
-    grouped, shuffled = (
-        loader(Numbered(lengths), batch_size=batch_size, group_by_length=group) for group in (True, False)
+    by_epoch, by_step = (
+        loader(Numbered(lengths), batch_size=batch_size, group_by_length=group).plan(0) for group in ("epoch", "step")
     )
-    wasted = padding_share(lengths, grouped.plan(0), batch_size)
-    assert wasted < 0.1
-    assert wasted < padding_share(lengths, shuffled.plan(0), batch_size) / 2
+    assert padding_share(lengths, by_epoch, batch_size) < 0.1
+    # Steps are drawn at random there, so it takes small micro-batches.
+    assert padding_share(lengths, by_step, batch_size // 8) < 0.15 < padding_share(lengths, by_step, batch_size)
+
+
+def test_a_step_drawn_at_random_has_its_longest_examples_first() -> None:
+    examples = numbered(100)
+    steps = loader(examples, group_by_length="step").plan(0)
+    assert all((np.diff(examples.lengths[step]) <= 0).all() for step in steps)
+    means = [examples.lengths[step].mean() for step in steps[:-1]]
+    assert np.std(means) < examples.lengths.std() / 2, "every step has long and short ones"
 
 
 def test_padding_share_counts_slots() -> None:

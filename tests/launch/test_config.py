@@ -119,7 +119,7 @@ def test_an_unknown_model_names_the_closest_and_all(write: Any, name: str) -> No
         ("--train.lr fast", "--train.lr fast: expected a number"),
         ("--train.max_steps None", "--train.max_steps None: expected a whole number or null"),
         ("--train.schedule cosin", "--train.schedule cosin: expected one of constant, linear, cosine"),
-        ("--train.group_by_length maybe", "--train.group_by_length maybe: expected true or false"),
+        ("--train.group_by_length maybe", "--train.group_by_length maybe: expected one of step, epoch"),
         ("--train.betas 0.9", "--train.betas 0.9: expected a list such as [0.9,0.999]"),
         ("--train.betas [0.9]", "--train.betas [0.9]: expected a list such as [0.9,0.999]"),
         ("--train.trackers wandb", "--train.trackers wandb: expected a list such as [tensorboard]"),
@@ -195,7 +195,7 @@ CHANGED = {
 EVERYWHERE = (
     "--data.source 2020 --data.root some/where --data.columns.user who --train.max_steps 9 --train.betas [0.5,0.75] "
     "--train.lr 1e-5 --train.trackers [] --train.patience null --evaluation.cutoffs [3,10] "
-    "--train.group_by_length false"
+    "--train.group_by_length epoch"
 )
 
 
