@@ -78,7 +78,7 @@ class Evaluator:
         was_training = isinstance(model, nn.Module) and model.training
         if isinstance(model, nn.Module):
             model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():  # inference mode would make tensors that ZeRO-3 cannot train with later
             share = _join([self._rank_batch(model, batch) for batch in batches], self.top_k)
         if isinstance(model, nn.Module):
             model.train(was_training)

@@ -10,7 +10,7 @@ from data.config import DataConfig
 from data.interactions import Catalog, Interactions
 from data.sources import read
 from data.splits import Split, Targets, split
-from trainers.checkpoint import load_trainable_state
+from trainers.state import load_weights
 
 from .config import RunConfig, parse
 from .methods import METHODS, Built, Setting
@@ -45,7 +45,7 @@ def load_run(path: Path) -> LoadedRun:
         saved=folder.model,
     )
     built = METHODS[config.model].build(setting)
-    load_trainable_state(built.model, folder.model / "model.safetensors")
+    load_weights(built.model, folder.model / "model.safetensors")
     built.model.eval()
     return LoadedRun(folder, config, catalog, built)
 

@@ -13,11 +13,9 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data.interactions import Catalog
-from trainers.checkpoint import trainable_state
 from trainers.runtime import Runtime
 
 from .config import RunConfig, dump
@@ -95,13 +93,17 @@ class RunFolder:
             )
 
     def save_model(
-        self, config: RunConfig, model: nn.Module, catalog: Catalog, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        config: RunConfig,
+        weights: dict[str, torch.Tensor],
+        catalog: Catalog,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         """Write model/: everything that is needed to recommend, as safetensors and JSON."""
         self.model.mkdir(exist_ok=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.model / "tokenizer")
-        save_file(trainable_state(model), self.model / "model.safetensors")
+        save_file(weights, self.model / "model.safetensors")
         (self.model / "config.json").write_text(json.dumps(dump(config), indent=1))
         write_catalog(catalog, self.model / "catalog.json")
 
@@ -147,6 +149,7 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         "device": f"{runtime.device.type}: {device or platform.machine()}",
         "threads": torch.get_num_threads(),
         "precision": runtime.precision,
+        "strategy": runtime.strategy,
         "world_size": runtime.share.num_processes,
     }
 

@@ -29,12 +29,14 @@ from launch.loading import load_model, read_and_split
 from launch.methods import METHODS, Built, Setting
 from launch.run_folder import RunFolder
 from launch.show import example_recommendations, show_results
-from trainers.checkpoint import Checkpoints, CorruptCheckpoint, restore
+from models.backbone import describe
+from trainers.checkpoint import CannotSave, Checkpoints, CorruptCheckpoint, restore_optimizer, restore_weights
 from trainers.loop import NonFiniteLoss, Trainer
 from trainers.optimizer import build_optimizer
 from trainers.progress import Progress
 from trainers.runtime import Runtime, leave
 from trainers.signals import Interrupted, Stop
+from trainers.state import weights_of
 from trainers.tracking import Tracking
 
 logger = logging.getLogger("shardrec")
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> int:
     except NonFiniteLoss as error:
         logger.error("%s", error)
         return 1
-    except (CorruptCheckpoint, NotEnoughItems) as error:
+    except (CannotSave, CorruptCheckpoint, NotEnoughItems) as error:
         sys.exit(f"error: {error}")
     return 0
 
@@ -141,33 +143,36 @@ def make_trainer(
         examples, train.batch_size, train.micro_batch_size, runtime.share, train.seed, train.group_by_length
     )
     checkpoints = Checkpoints(folder.checkpoints, train.keep_checkpoints)
-    model = built.model.to(runtime.device)
-    optimizer = build_optimizer(model, train)
+    model = runtime.place(built.model)
     progress = Progress()
     if (checkpoint := find_checkpoint(config, checkpoints)) is not None:
-        progress = restore(checkpoint, model, optimizer, runtime.scaler)
+        progress = restore_weights(checkpoint, model)
         if progress.best_step is not None and not checkpoints.at(progress.best_step).is_dir():
             progress.forget_best()
         logger.info("resuming %s at step %d", checkpoint, progress.step)
+    prepared, optimizer = runtime.prepare(
+        model, build_optimizer(model, train), loader.micro_batch_size, train.max_grad_norm
+    )
+    if checkpoint is not None:
+        restore_optimizer(checkpoint, model, optimizer, runtime.scaler, runtime.zero)
     runtime.wait()  # every process has read what the main one may now remove
     if runtime.is_main:
         checkpoints.go_on_from(checkpoint, progress)
-    prepared, prepared_optimizer = runtime.prepare(model, optimizer)
     total_steps = train.max_steps or train.epochs * loader.steps_per_epoch
     tracking = Tracking(runtime, folder.path, total_steps, dump(config), progress)
-    trainable = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     logger.info(
-        "%s: %s trainable parameters; %d examples, %d steps an epoch, %s, %d process(es)",
-        *(config.model, f"{trainable:,}", len(examples.lengths), loader.steps_per_epoch),
-        *(runtime.precision, runtime.share.num_processes),
+        "%s: %s trainable parameters; %d examples, %d steps an epoch, %s, %s",
+        *(config.model, f"{describe(model)['trainable_parameters']:,}", len(examples.lengths)),
+        *(loader.steps_per_epoch, runtime.precision, runtime.strategy),
     )
 
     def validate() -> dict[str, float]:
         return evaluate(config, built, prepared, parts, "valid", runtime).metrics
 
     return Trainer(
-        *(runtime, prepared, prepared_optimizer, loader, validate, tracking),
+        *(runtime, prepared, optimizer, loader, validate, tracking),
         *(checkpoints, progress, train, folder.path, stop),
+        saved_step=progress.step if checkpoint == checkpoints.at(progress.step) else None,
     )
 
 
@@ -187,16 +192,17 @@ def finish(
     runtime = trainer.runtime
     model = runtime.unwrap(trainer.model)
     if (best := trainer.checkpoints.best()) is not None:
-        restore(best, model)
+        restore_weights(best, model)
     if built.calibrate is not None:
         built.calibrate(evaluation_batches(config, built, parts, "valid", runtime), parts.target_items("valid"))
     valid, test = (
         evaluate(config, built, trainer.model, parts, phase, runtime, config.evaluation.protocol) for phase in PHASES
     )
     popularity = evaluate_popularity(parts, "test", **evaluator_options(config, config.evaluation.protocol))
+    weights, size = weights_of(model), describe(model)
     if not runtime.is_main:
         return
-    folder.save_model(config, model, catalog, built.tokenizer)
+    folder.save_model(config, weights, catalog, built.tokenizer)
     for evaluation in (valid, test):
         write_ranks(evaluation, folder.ranks(evaluation.header["phase"]))
     results = {
@@ -208,10 +214,7 @@ def finish(
         "test": test.as_results(),
         "popularity": popularity.as_results(),
         "examples": example_recommendations(test, parts, catalog),
-        "parameters": {
-            "total": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        },
+        "parameters": {"total": size["parameters"], "trainable": size["trainable_parameters"]},
         "training": {"steps": trainer.progress.step, "best_step": trainer.progress.best_step},
         "timing": clock.timing(trainer.progress, test),
     }

@@ -24,6 +24,8 @@ class Recommender(nn.Module):
     Both go through `forward`, because that is where DistributedDataParallel and ZeRO hook in.
     """
 
+    saved_buffers: tuple[str, ...] = ()  # buffers that training finds out: they belong to the weights
+
     def forward(self, batch: Batch) -> Any:
         """Return a `Loss` for a batch with labels, scores [B, N + 1] float32 for an evaluation batch."""
         return self.loss(batch) if batch.row is None else self.scores(batch)

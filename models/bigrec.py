@@ -108,7 +108,7 @@ class BIGRec(Recommender):
         """Whether `choose_gamma` has something to do."""
         return self.scoring == "generate" and self.grounding.chooses_gamma
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def choose_gamma(self, batches: Iterable[PromptBatch], target_items: np.ndarray) -> None:
         """Fit the injection's exponent on validation: this process's batches, and the held-out item of every row."""
         self.eval()

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified when read, trainable weights only.
 
 checkpoints/
-    step-00000120/   model.safetensors  optimizer.pt  manifest.json (progress, and the checksum of everything)
+    step-00000120/   model.safetensors  optimizer.safetensors  manifest.json (progress, and the checksum of everything)
     LATEST           name of the newest complete checkpoint, written last
     BEST             name of the one with the best validation metric
 
@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .progress import Progress
+from .state import TrainingState, load_optimizer_state, load_weights
+from .zero import Zero
 
 logger = logging.getLogger("shardrec")
+
+
+class CannotSave(OSError):
+    """A checkpoint could not be written: the disk is full, or not ours to write."""
 
 
 class CorruptCheckpoint(ValueError):
@@ -39,33 +46,46 @@ class Checkpoints:
         """Return where the checkpoint of a step is, or would be."""
         return self.folder / f"step-{step:08d}"
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
+    def save(self, state: TrainingState, progress: Progress) -> None:
         """Write a checkpoint of this step, point LATEST and BEST where they belong, and drop old ones.
 
-        The weights of a step are written once: when only the progress has changed, after a validation, only the
-        manifest is replaced. From the first checkpoint on there is a whole one on the disk at every moment.
+        From the first checkpoint on there is a whole one on the disk at every moment. Raises `CannotSave` where the
+        disk does not take it; the checkpoints before it stay as they are.
         """
         checkpoint = self.at(progress.step)
-        if checkpoint.is_dir():
-            _write_manifest(checkpoint, progress, _read_manifest(checkpoint)["sha256"])
-        else:
-            unfinished = self.folder / f".{checkpoint.name}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            save_file(trainable_state(model), unfinished / "model.safetensors")
-            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
-            torch.save(state, unfinished / "optimizer.pt")
-            files = sorted(unfinished.iterdir())
-            _write_manifest(unfinished, progress, {file.name: _checksum(file) for file in files})
-            for path in [*files, unfinished]:
-                _flush(path)
+        unfinished = self.folder / f".{checkpoint.name}.unfinished"
+        try:
+            self._write(unfinished, state, progress)
             unfinished.rename(checkpoint)
+            self._finish(progress)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CannotSave(
+                f"the checkpoint of step {progress.step} cannot be written to {self.folder}: {error}. The last one "
+                "there is whole: make room or mend its rights, and start the same command again"
+            ) from error
+
+    def note(self, progress: Progress) -> None:
+        """Write the progress of the step that was saved last anew: after a validation nothing else has changed."""
+        checkpoint = self.at(progress.step)
+        try:
+            manifest = _read_manifest(checkpoint)
+            _write_manifest(checkpoint, progress, manifest["sha256"], manifest["scaler"])
+            self._finish(progress)
+        except OSError as error:
+            raise CannotSave(f"{checkpoint} cannot be written: {error}") from error
+
+    def _write(self, folder: Path, state: TrainingState, progress: Progress) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_file(state.weights, folder / "model.safetensors")
+        save_file(state.optimizer, folder / "optimizer.safetensors")
+        files = sorted(folder.iterdir())
+        _write_manifest(folder, progress, {file.name: _checksum(file) for file in files}, state.scaler)
+        for path in [*files, folder]:
+            _flush(path)
+
+    def _finish(self, progress: Progress) -> None:
         _flush(self.folder)
         self._point(progress)
         self._rotate(progress)
@@ -129,55 +149,35 @@ def verify(folder: Path) -> Progress:
     return Progress(**progress)
 
 
-def restore(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-) -> Progress:
-    """Load a checkpoint that verifies: trainable weights, and what else is given; return its progress."""
+def restore_weights(folder: Path, model: nn.Module) -> Progress:
+    """Load the weights of a checkpoint that verifies; return its progress."""
     progress = verify(folder)
-    load_trainable_state(model, folder / "model.safetensors")
-    if optimizer is not None:
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+    load_weights(model, folder / "model.safetensors")
     return progress
 
 
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trainable parameters by name, on the CPU; tied parameters appear once."""
-    return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def load_trainable_state(model: nn.Module, file: Path) -> None:
-    """Copy the weights in `file` into the trainable parameters of `model`; both must have the same names."""
-    saved = load_file(file)
-    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing, unexpected = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    wrong = sorted(n for n in own.keys() & saved.keys() if own[n].shape != saved[n].shape)
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"{file} does not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}, "
-            f"other shapes {wrong[:3]}: was it trained with other --method or --backbone settings?"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+def restore_optimizer(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+    zero: Zero | None = None,
+) -> None:
+    """Load the optimizer's state of a checkpoint that verifies, after the model is prepared for its launch."""
+    verify(folder)
+    load_optimizer_state(model, optimizer, zero, load_file(folder / "optimizer.safetensors"))
+    if scaler is not None and (saved := _read_manifest(folder)["scaler"]):
+        scaler.load_state_dict(saved)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def _write_manifest(folder: Path, progress: Progress, checksums: dict[str, str]) -> None:
+def _write_manifest(folder: Path, progress: Progress, checksums: dict[str, str], scaler: dict[str, Any]) -> None:
     checksums = checksums | {"progress": _checksum_of_progress(progress.state())}
-    _write(folder / "manifest.json", json.dumps({"progress": progress.state(), "sha256": checksums}, indent=1))
+    manifest = {"progress": progress.state(), "scaler": scaler, "sha256": checksums}
+    _write(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _checksum_of_progress(progress: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ class Trainer:
     config: TrainConfig
     folder: Path
     stop: Stop
+    saved_step: int | None = None  # step of the newest whole checkpoint in `checkpoints`
 
     def train(self) -> Progress:
         """Train from `progress` to the end, validating, checkpointing and logging on the way.
@@ -98,7 +99,7 @@ class Trainer:
             parts = {f"loss/{name}": part for name, part in loss.parts.items()}
             for name, value in {"loss": loss.total.detach(), **parts}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        norm = self.runtime.clip_grad_norm(self.model, config.max_grad_norm)
+        norm = self.runtime.clip_grad_norm(self.model)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # Read this late, since it was on its way before this step's work was queued: nothing waits for that work.
@@ -177,12 +178,20 @@ class Trainer:
         self.window.restart_clock()
 
     def _save(self) -> None:
+        """Save the state of this step, or only its progress where the rest is saved already."""
         self._require_finite(int(self.runtime.sum(self._failed())))
         self.progress.log_window = self.window.totals()
-        if self.runtime.is_main:
-            model = self.runtime.unwrap(self.model)
-            self.checkpoints.save(model, self.optimizer, self.progress, self.runtime.scaler)
-        self.runtime.wait()
+        is_new = self.saved_step != self.progress.step
+        state = self.runtime.state(self.model, self.optimizer) if is_new else None
+
+        def write() -> None:
+            if state is None:
+                self.checkpoints.note(self.progress)
+            else:
+                self.checkpoints.save(state, self.progress)
+
+        self.runtime.on_main(write)
+        self.saved_step = self.progress.step
 
     def _require_same_step(self) -> None:
         """Raise when processes go on from different checkpoints, as they would if each saw a run folder of its own."""

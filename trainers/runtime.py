@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,9 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor, nn
 
 from data.loaders import Share
+
+from .state import TrainingState, optimizer_state_of, weights_of
+from .zero import Zero
 
 
 class HostCopy:
@@ -40,17 +44,20 @@ class Runtime:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
         state = PartialState(cpu=not torch.accelerator.is_available())
         self.precision = best_precision(state.device) if precision == "auto" else precision
+        uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         self.accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            # DeepSpeed would turn trained weights into bf16: see trainers/zero.py for what is done instead.
+            mixed_precision="no" if self.precision == "fp32" or uses_deepspeed else self.precision,
             log_with=trackers or None,
             project_config=ProjectConfiguration(logging_dir=str(folder)) if folder else None,
             step_scheduler_with_optimizer=False,
         )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise NotImplementedError(
-                "this Accelerate configuration asks for DeepSpeed, which the training loop does not drive yet: "
-                "use launch/accelerate/ddp.yaml"
+        if uses_deepspeed and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            raise RuntimeError(
+                f"the launcher asks for DeepSpeed, but Accelerate runs {self.accelerator.distributed_type.value}: take "
+                "use_cpu (or --cpu) out of the Accelerate configuration, which turns DeepSpeed off without a word"
             )
+        self.zero = Zero(self.accelerator, self.precision) if uses_deepspeed else None
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
@@ -64,32 +71,64 @@ class Runtime:
             self._use_all_cores()
             _end_with_launcher()
 
+    @property
+    def strategy(self) -> str:
+        """What the processes share, in words: "1 process", "DDP, 2 processes", "ZeRO-3, 2 processes"."""
+        count = self.share.num_processes
+        processes = f"{count} process{'es' if count > 1 else ''}"
+        if self.zero is not None:
+            return f"ZeRO-{self.zero.stage}, {processes}"
+        return f"DDP, {processes}" if count > 1 else processes
+
     def _use_all_cores(self) -> None:
         """Undo `accelerate launch`'s single thread a process on CPU: the processes here share the cores evenly."""
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap model and optimizer for this launch (DDP, autocast, loss scaling)."""
+    def place(self, model: nn.Module) -> nn.Module:
+        """Return the model on this process's device; ZeRO-3 moves it itself, a slice at a time."""
+        if self.zero is not None and self.zero.stage == 3:
+            return model
+        return model.to(self.device)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        micro_batch_size: int = 1,
+        max_grad_norm: float = 0.0,
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap model and optimizer for this launch (DDP or ZeRO, autocast, loss scaling)."""
+        self.max_grad_norm = max_grad_norm
+        if self.zero is not None:
+            self.zero.configure(micro_batch_size, self.share.num_processes, max_grad_norm)
         return self.accelerator.prepare(model, optimizer)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the module inside DDP; its forward keeps autocast."""
+        """Return the module inside DDP or DeepSpeed's engine; its forward keeps autocast."""
         return self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
 
     def backward(self, total: Tensor, global_count: Tensor) -> None:
         """Add the gradient of `total / global_count`.
 
-        `total` is a sum over this process's micro-batch and `global_count` the labels of the whole step. DDP averages
-        gradients over processes, so the sum is scaled up by their number first; the result is the exact mean over
-        all labels, however they are spread.
+        `total` is a sum over this process's micro-batch and `global_count` the labels of the whole step. DDP and ZeRO
+        average gradients over processes, so the sum is scaled up by their number first; the result is the exact mean
+        over all labels, however they are spread. Under DeepSpeed the last one of a step also makes the step.
         """
         self.accelerator.backward(total * (self.share.num_processes / global_count))
 
-    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Return the global gradient norm, after scaling the gradients down to `max_norm` where that is above 0."""
-        return self.accelerator.clip_grad_norm_(model.parameters(), max_norm or torch.inf)
+    def clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Return the global gradient norm, after scaling the gradients down to max_grad_norm where that is above 0."""
+        if self.zero is not None:  # it has clipped and stepped already
+            return self.zero.grad_norm(self.device)
+        return self.accelerator.clip_grad_norm_(model.parameters(), self.max_grad_norm or torch.inf)
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+        """Return what a checkpoint holds of a prepared model; every process must ask, for it may be collective."""
+        inner = self.unwrap(model)
+        scaler = self.scaler.state_dict() if self.scaler else {}
+        return TrainingState(weights_of(inner), optimizer_state_of(inner, optimizer, self.zero), scaler)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -98,6 +137,9 @@ class Runtime:
 
     def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager:
         """Return a context that leaves gradients unreduced until the step's last micro-batch."""
+        if self.zero is not None:
+            self.accelerator.sync_gradients = is_last
+            return nullcontext()
         return nullcontext() if is_last else self.accelerator.no_sync(model)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -105,6 +147,20 @@ class Runtime:
         if self.share.num_processes == 1:
             return values
         return self.accelerator.reduce(values, reduction="sum")
+
+    def on_main(self, write: Callable[[], None]) -> None:
+        """Let the main process write while the others wait; raise OSError on all of them where it could not."""
+        error: OSError | None = None
+        if self.is_main:
+            try:
+                write()
+            except OSError as raised:
+                error = raised
+        failed = int(self.sum(torch.tensor(int(error is not None), device=self.device)))
+        if error is not None:
+            raise error
+        if failed:
+            raise OSError("the main process could not write; its own message says what and why")
 
     def close(self) -> None:
         """Finish trackers and leave the process group."""

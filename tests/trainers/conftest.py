@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.batches import SequenceBatch
 from data.loaders import TrainingLoader
 from models.base import Loss
-from trainers.checkpoint import Checkpoints, restore
+from trainers.checkpoint import Checkpoints, restore_optimizer, restore_weights
 from trainers.config import TrainConfig
 from trainers.loop import Trainer
 from trainers.progress import Progress
@@ -81,13 +81,16 @@ class Setup:
         checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         progress = Progress()
         if (checkpoint := checkpoints.latest()) is not None:
-            progress = restore(checkpoint, model, own_optimizer)
+            progress = restore_weights(checkpoint, model)
+        prepared = self.runtime.prepare(model, own_optimizer, loader.micro_batch_size, config.max_grad_norm)
+        if checkpoint is not None:
+            restore_optimizer(checkpoint, model, prepared[1])
         checkpoints.go_on_from(checkpoint, progress)
-        prepared = self.runtime.prepare(model, own_optimizer)
         tracking = Tracking(self.runtime, self.folder, 100, {}, progress)
         return Trainer(
             *(self.runtime, *prepared, loader, validate, tracking),
             *(checkpoints, progress, config, self.folder, self.stop),
+            saved_step=None if checkpoint is None else progress.step,
         )
 
 

@@ -14,7 +14,7 @@ from data.negatives import UniformNegatives
 from data.sources import read
 from data.splits import split
 from models.sasrec import SASRec, SASRecConfig
-from trainers.checkpoint import restore
+from trainers.checkpoint import restore_weights
 from trainers.config import TrainConfig
 from trainers.loop import NonFiniteLoss
 from trainers.optimizer import learning_rate
@@ -165,7 +165,7 @@ def test_patience_ends_training_and_the_best_checkpoint_stays(setup: Setup) -> N
     assert latest is not None
     assert (best.name, latest.name) == ("step-00000010", "step-00000025")
     restored = Points(40)
-    restore(best, restored)
+    restore_weights(best, restored)
     assert torch.equal(weights(restored), seen[1])
 
 
@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_examples(setup: Setup) -> None
     assert (latest is None) == (step == 1)
     if latest is not None:
         assert int(latest.name[-8:]) == step - 1
-        assert restore(latest, clean := Points(40)).step == step - 1
+        assert restore_weights(latest, clean := Points(40)).step == step - 1
         assert weights(clean).isfinite().all()
 
 

@@ -74,9 +74,11 @@ def test_small_numbers_come_to_the_host() -> None:
     assert HostCopy(torch.tensor([3, 0, 2])).read() == [3, 0, 2]
 
 
-def test_another_kind_of_launch_is_refused(monkeypatch, fresh_state) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(NotImplementedError, match=r"launch/accelerate/ddp\.yaml"):
+def test_a_configuration_that_turns_deepspeed_off_is_refused(monkeypatch, fresh_state) -> None:
+    """With use_cpu in its configuration, Accelerate would run plain DDP without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(RuntimeError, match=r"asks for DeepSpeed, but Accelerate runs MULTI_CPU.*use_cpu"):
         Runtime("fp32")
 
 

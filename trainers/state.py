@@ -1,0 +1,94 @@
+"""What a checkpoint holds of a model and its optimizer: whole tensors by parameter name, whatever spreads them.
+
+A run may therefore go on under another number of processes, with DDP instead of ZeRO, or under another stage of it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .zero import Zero, full_shape, gathered, trainable
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Weights and optimizer state on the CPU; `scaler` is what keeps fp16 gradients in range."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)  # "<parameter>/<key>"
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable parameters and saved buffers by name; tied parameters come once. Collective under ZeRO-3.
+
+    `model.saved_buffers` names what is not trained but found in training, and so belongs to the weights.
+    """
+    weights = {name: model.get_buffer(name).detach().cpu().contiguous() for name in _saved_buffers(model)}
+    for name, parameter in trainable(model):
+        with gathered([parameter]):
+            weights[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return weights
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Copy the weights in `file` into `model`; raise ValueError unless both have the same. Collective under ZeRO-3."""
+    saved = load_file(file)
+    buffers = {name: model.get_buffer(name) for name in _saved_buffers(model)}
+    parameters = dict(trainable(model))
+    shapes = {name: b.shape for name, b in buffers.items()} | {name: full_shape(p) for name, p in parameters.items()}
+    missing, unexpected = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
+    wrong = sorted(name for name in shapes.keys() & saved.keys() if shapes[name] != saved[name].shape)
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"{file} does not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"other shapes {wrong[:3]}: was it trained with other --method or --backbone settings?"
+        )
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+        for name, parameter in parameters.items():
+            with gathered([parameter], write=True):
+                parameter.copy_(saved[name])
+
+
+def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero | None) -> dict[str, Tensor]:
+    """Return every tensor that the optimizer keeps of a parameter, as "<parameter>/<key>". Collective under ZeRO."""
+    if zero is not None:
+        return zero.optimizer_state(model)
+    return {
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().clone()
+        for name, parameter in trainable(model)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero | None, saved: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_state_of` returned, perhaps elsewhere."""
+    if zero is not None:
+        zero.load_optimizer_state(model, saved)
+        return
+    by_parameter: dict[str, dict[str, Any]] = {}
+    for name, value in saved.items():
+        parameter_name, _, key = name.rpartition("/")
+        by_parameter.setdefault(parameter_name, {})[key] = value
+    names = {id(parameter): name for name, parameter in trainable(model)}
+    state = optimizer.state_dict()
+    ids = [i for group in state["param_groups"] for i in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state["state"] = {
+        i: by_parameter[names[id(parameter)]]
+        for i, parameter in zip(ids, parameters, strict=True)
+        if names[id(parameter)] in by_parameter
+    }
+    optimizer.load_state_dict(state)
+
+
+def _saved_buffers(model: nn.Module) -> tuple[str, ...]:
+    return getattr(model, "saved_buffers", ())

@@ -1,0 +1,163 @@
+"""DeepSpeed ZeRO: its configuration, and the weights and optimizer state that it spreads over the processes.
+
+Precision is torch's autocast here as everywhere else, so ZeRO trains the same numbers as one process does: trainable
+weights, gradients and moments are float32, and a frozen base keeps the type it was loaded in.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+# Moments of AdamW by the names that torch gives them.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# What ZeRO is told by the loop; a configuration may leave it open ("auto" or absent) or say the same.
+Owned = dict[str, tuple[Any, str]]
+
+
+class Zero:
+    """The DeepSpeed side of one Accelerator."""
+
+    def __init__(self, accelerator: Accelerator, precision: str) -> None:
+        self.accelerator, self.precision = accelerator, precision
+        self.config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
+        self.stage = int(self.config.get("zero_optimization", {}).get("stage", 0))
+        if precision == "fp16":
+            raise ValueError(
+                "--train.precision fp16 needs a loss scaler, which is not driven under DeepSpeed: pass "
+                "--train.precision bf16 or fp32, or use launch/accelerate/ddp.yaml"
+            )
+
+    def configure(self, micro_batch_size: int, num_processes: int, max_grad_norm: float) -> None:
+        """Fill in what the loop decides; raise ValueError where the configuration asks for something else."""
+        owned: Owned = {
+            "train_micro_batch_size_per_gpu": (micro_batch_size, "--train.micro_batch_size"),
+            "train_batch_size": (micro_batch_size * num_processes, "--train.batch_size"),
+            # The loop says itself which micro-batch ends a step, for steps may have different numbers of them.
+            "gradient_accumulation_steps": (1, "--train.batch_size and --train.micro_batch_size"),
+            "gradient_clipping": (max_grad_norm, "--train.max_grad_norm"),
+        }
+        for name, (value, flag) in owned.items():
+            asked = self.config.get(name, "auto")
+            if asked not in ("auto", value):
+                raise ValueError(f'the DeepSpeed configuration has {name} {asked}: set it to "auto" and pass {flag}')
+            self.config[name] = value
+        for name, flag in (("bf16", "bf16"), ("fp16", "fp16")):
+            if self.config.setdefault(name, {}).get("enabled", False) is True:
+                raise ValueError(
+                    f'the DeepSpeed configuration has {name}.enabled true: take "{name}" out of it and pass '
+                    f"--train.precision {flag}"
+                )
+            self.config[name]["enabled"] = False
+        autocast = self.config.setdefault("torch_autocast", {})
+        autocast.update(enabled=self.precision == "bf16", dtype="bfloat16")
+        # Gradients are added up in float32, as DDP does; Linear layers' would be added in bfloat16 by default.
+        autocast.setdefault("lower_precision_safe_modules", [])
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeedEngine; there is one once the model is prepared."""
+        return self.accelerator.deepspeed_engine_wrapped.engine
+
+    def grad_norm(self, device: torch.device) -> Tensor:
+        """Return the gradient norm of the step just made, before clipping: a float32 scalar on `device`."""
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+
+    def optimizer_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return "<parameter>/<key>" -> full tensor on the CPU, as `trainers.checkpoint` writes it. Collective."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link_moments()
+        state: dict[str, Tensor] = {}
+        steps = {id(p): flat for flat, parameters in self._flat_parameters() for p in parameters}
+        for name, parameter in trainable(model):
+            moments = self._inner.state.get(steps[id(parameter)], {})
+            if "step" not in moments:
+                continue  # no step was made yet
+            state[f"{name}/step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu().clone()
+            for key in MOMENTS:
+                full = safe_get_full_optimizer_state(parameter, key)
+                state[f"{name}/{key}"] = full.detach().view(full_shape(parameter)).float().cpu().contiguous()
+        return state
+
+    def load_optimizer_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Give every process its part of what `optimizer_state` returned, on any number of processes and any stage."""
+        if not state:
+            return
+        names = {id(parameter): name for name, parameter in trainable(model)}
+        for flat, parameters in self._flat_parameters():
+            step = max(float(state[f"{names[id(p)]}/step"]) for p in parameters)
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self._inner.state[flat] = {
+                "step": torch.tensor(step, device=flat.device)
+            } | moments  # as fused AdamW has it
+        self._link_moments()
+        for name, parameter in trainable(model):
+            for key in MOMENTS:
+                self._put(parameter, key, state[f"{name}/{key}"].to(torch.float32))
+
+    def _put(self, parameter: nn.Parameter, key: str, full: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, full, key)
+            return
+        # The public way to set a full tensor fails where processes do not divide it: the last slice is padded.
+        size = getattr(parameter, "ds_tensor").ds_numel  # noqa: B009 (DeepSpeed adds it)
+        start = size * self.accelerator.process_index
+        mine = full.flatten()[start : start + size]
+        safe_set_local_optimizer_state(parameter, nn.functional.pad(mine, (0, size - len(mine))), key)
+
+    def _link_moments(self) -> None:
+        """Point every parameter at its place in the flat moments; DeepSpeed 0.19 does so for the first group only."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        if self.stage < 3:
+            for flat, parameters in self._flat_parameters():
+                lazy_init_hp_params_optimizer_state(parameters, flat, self._inner.state)
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.engine.optimizer
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer, over one flat slice a group instead of parameters."""
+        return self._optimizer.optimizer
+
+    def _flat_parameters(self) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+        """Yield each flat slice that the torch optimizer updates, with the parameters that it holds a part of."""
+        optimizer = self._optimizer
+        if self.stage == 3:
+            yield from zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+        else:
+            yield from zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the trainable parameters by name; tied ones come once."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape, also where ZeRO-3 keeps only a slice of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+    """Have whole parameters inside, where ZeRO-3 spreads them; collective there, and nothing anywhere else.
+
+    With `write`, what every process has written alike is kept.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(sharded, modifier_rank=0 if write else None):
+        yield
