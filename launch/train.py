@@ -92,11 +92,14 @@ def run(config: RunConfig, stop: Stop) -> None:
     if config.evaluation.protocol != "full":
         draw_candidates(parts, "test", config.evaluation.protocol, config.evaluation.seed)  # fails now or never
     set_seed(config.train.seed)
-    built = build(config, interactions, parts, runtime)
-    if runtime.is_main:
-        folder.begin(config, runtime)
-    runtime.wait()
-    trainer = make_trainer(config, built, parts, runtime, folder, stop)
+    try:
+        built = build(config, interactions, parts, runtime)
+        if runtime.is_main:
+            folder.begin(config, runtime)
+        runtime.wait()
+        trainer = make_trainer(config, built, parts, runtime, folder, stop)
+    except ValueError as error:  # settings that do not go together, or not with this backbone or checkpoint
+        raise SystemExit(f"error: {error}" if runtime.is_main else 1) from error
     clock.first_batch = time.perf_counter()
     logger.info("ready for the first batch after %.1f s", clock.first_batch - clock.started)
     with trainer.tracking:

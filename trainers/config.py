@@ -26,8 +26,12 @@ class TrainConfig:
     """Examples of one forward pass on one process; all of a process's share of the step when not given."""
     eval_batch_size: int = 256
     """Examples of one evaluation pass on one process."""
+    optimizer: Literal["adamw", "adamw-8bit-paged"] = "adamw"
+    """AdamW with float32 moments, or bitsandbytes' with moments of 8 bits in memory that a full GPU pages out."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Rates of parameters whose names begin so, as multiples of lr: {"backbone": 0.1}; the longest beginning counts."""
     weight_decay: float = 0.0
     """Decoupled weight decay; norms, biases and embeddings are left out."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -70,6 +74,9 @@ class TrainConfig:
                 raise ValueError(f"--train.{name} is {value}, but must be at least 1")
         if self.lr <= 0:
             raise ValueError(f"--train.lr is {self.lr}, but must be above 0")
+        for prefix, multiplier in self.lr_multipliers.items():
+            if multiplier <= 0:
+                raise ValueError(f"--train.lr_multipliers has {prefix}: {multiplier}, but must be above 0")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--train.{name} is {getattr(self, name)}, but must not be negative")

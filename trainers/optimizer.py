@@ -8,16 +8,40 @@ from torch import nn
 from .config import TrainConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; norms, biases and embedding tables are not decayed."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimizer over the trainable parameters; norms, biases and embedding tables are not decayed.
+
+    Raises ValueError when nothing is trainable, or a prefix of lr_multipliers begins no parameter's name.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter: check --backbone.adapter")
-    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in tables]
-    kept = [p for p in trainable if p.ndim < 2 or id(p) in tables]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+    for prefix in config.lr_multipliers:
+        if not any(name.startswith(prefix) for name in trainable):
+            raise ValueError(
+                f"--train.lr_multipliers has {prefix}, and no trainable parameter's name begins so; names begin with "
+                f"{', '.join(sorted({name.partition('.')[0] for name in trainable}))}"
+            )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        decay = config.weight_decay if parameter.ndim >= 2 and id(parameter) not in tables else 0.0
+        groups.setdefault((_multiplier(name, config.lr_multipliers), decay), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": decay, "multiplier": multiplier, "lr": config.lr * multiplier}
+        for (multiplier, decay), parameters in groups.items()
+    ]
+    if config.optimizer == "adamw-8bit-paged":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit(settings, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
+
+
+def _multiplier(name: str, multipliers: dict[str, float]) -> float:
+    """Return the multiplier of the longest prefix that a parameter's name begins with."""
+    prefixes = [prefix for prefix in multipliers if name.startswith(prefix)]
+    return multipliers[max(prefixes, key=len)] if prefixes else 1.0
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -33,6 +57,6 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the rate `rate`."""
+    """Give every parameter group its multiple of `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("multiplier", 1.0)

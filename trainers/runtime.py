@@ -102,6 +102,12 @@ class Runtime:
         """Wrap model and optimizer for this launch (DDP or ZeRO, autocast, loss scaling)."""
         self.max_grad_norm = max_grad_norm
         if self.zero is not None:
+            if not isinstance(optimizer, torch.optim.AdamW):
+                raise ValueError(
+                    "--train.optimizer adamw-8bit-paged keeps moments in blocks, which ZeRO cannot cut: pass "
+                    "--train.optimizer adamw (with launch/accelerate/zero2_offload.yaml its moments wait in host "
+                    "memory), or use launch/accelerate/ddp.yaml"
+                )
             self.zero.configure(micro_batch_size, self.share.num_processes, max_grad_norm)
         return self.accelerator.prepare(model, optimizer)
 

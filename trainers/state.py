@@ -77,7 +77,9 @@ def load_optimizer_state(
     by_parameter: dict[str, dict[str, Any]] = {}
     for name, value in saved.items():
         parameter_name, _, key = name.rpartition("/")
-        by_parameter.setdefault(parameter_name, {})[key] = value
+        # The step is a tensor for torch, and was a plain number where it is an integer: for bitsandbytes.
+        is_number = value.ndim == 0 and not value.is_floating_point()
+        by_parameter.setdefault(parameter_name, {})[key] = value.item() if is_number else value
     names = {id(parameter): name for name, parameter in trainable(model)}
     state = optimizer.state_dict()
     ids = [i for group in state["param_groups"] for i in group["params"]]

@@ -63,7 +63,7 @@ def test_an_unknown_flag_names_the_closest(flags: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "known"),
     [
-        ("--train.optimizer adam", "known: train.epochs, train.max_steps, "),
+        ("--train.zzz adam", "known: train.epochs, train.max_steps, "),
         ("--model sasrec --backbone.name tiny", "known: help, model, "),
         ("--gpus 3", "known: help, model, "),
     ],

@@ -9,6 +9,7 @@ from torch import nn
 from models.sasrec import SASRec, SASRecConfig
 from trainers.config import TrainConfig
 from trainers.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainers.state import load_optimizer_state, optimizer_state_of
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,44 @@ def test_settings_without_a_meaning_are_refused_by_their_flag(settings: dict[str
     (name,) = settings
     with pytest.raises(ValueError, match=rf"--train\.{name} is {settings[name]}"):
         TrainConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_parameters_have_rates_of_their_own() -> None:
+    model = SASRec(SASRecConfig(hidden_size=8, num_blocks=2), num_items=5)
+    multipliers = {"item_embedding": 0.1, "blocks": 2.0, "blocks.1": 3.0}
+    optimizer = build_optimizer(model, TrainConfig(lr=0.5, lr_multipliers=multipliers))
+    set_learning_rate(optimizer, 0.1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    by_name = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert by_name["item_embedding.weight"] == pytest.approx(0.01)
+    assert {round(by_name[n], 6) for n in by_name if n.startswith("blocks.0.")} == {0.2}
+    assert {round(by_name[n], 6) for n in by_name if n.startswith("blocks.1.")} == {0.3}
+    assert by_name["final_norm.weight"] == pytest.approx(0.1)
+
+
+def test_a_rate_for_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"lr_multipliers has gate.*names begin with bias, weight"):
+        build_optimizer(nn.Linear(2, 2), TrainConfig(lr_multipliers={"gate": 2.0}))
+
+
+def test_moments_of_eight_bits_come_back_from_a_checkpoint() -> None:
+    """Both go on alike from there; CPUs have no paging, and say so."""
+    config = TrainConfig(optimizer="adamw-8bit-paged", lr=0.01)
+    torch.manual_seed(0)
+    first, second = nn.Linear(128, 64), nn.Linear(128, 64)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(4, 128)).pow(2).sum().backward()
+        optimizer.step()
+
+    optimizer = build_optimizer(first, config)
+    step(first, optimizer)
+    assert optimizer.state[first.weight]["state1"].dtype == torch.uint8
+    second.load_state_dict(first.state_dict())
+    other = build_optimizer(second, config)
+    saved = {name: value.clone() for name, value in optimizer_state_of(first, optimizer, None).items()}
+    load_optimizer_state(second, other, None, saved)
+    step(first, optimizer)
+    step(second, other)
+    assert torch.equal(first.weight, second.weight)
