@@ -61,11 +61,13 @@ class Runtime:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        # What a script for several hosts asked for; without one, what this host's launcher was told.
+        asked = int(os.environ.get("SHARDREC_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
         if asked != self.share.num_processes:
             raise RuntimeError(
-                f"the launcher started {asked} processes, but {self.share.num_processes} joined: each would train "
-                "alone. Check --num_processes and the Accelerate configuration (launch/accelerate/)"
+                f"{asked} processes were asked for, but {self.share.num_processes} joined: each group would train "
+                "alone. Check --num_processes and the Accelerate configuration (launch/accelerate/), which needs "
+                "deepspeed_multinode_launcher: standard on several hosts; SHARDREC_WORLD_SIZE, where set, is the number"
             )
         if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # started by a launcher
             self._use_all_cores()
