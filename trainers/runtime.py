@@ -42,8 +42,16 @@ class Runtime:
         # Without this, a multi-process launch on a machine without accelerator trains one copy a process.
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
+        if "LOCAL_SIZE" in os.environ:  # the `deepspeed` launcher's name for it
+            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
         state = PartialState(cpu=not torch.accelerator.is_available())
         self.precision = best_precision(state.device) if precision == "auto" else precision
+        if "CROSS_SIZE" in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+            raise RuntimeError(
+                "the `deepspeed` launcher started this process without saying which ZeRO to use: export "
+                "ACCELERATE_USE_DEEPSPEED=true and ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json, for other "
+                "hosts in .deepspeed_env (launch/hostfile.example)"
+            )
         uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         self.accelerator = Accelerator(
             # DeepSpeed would turn trained weights into bf16: see trainers/zero.py for what is done instead.

@@ -81,6 +81,13 @@ def test_a_process_that_was_to_be_one_of_several_does_not_train_alone(monkeypatc
         Runtime("fp32")
 
 
+def test_the_deepspeed_launcher_must_name_a_configuration(monkeypatch, fresh_state) -> None:
+    """It is called for ZeRO, and would give DDP."""
+    monkeypatch.setenv("CROSS_SIZE", "2")
+    with pytest.raises(RuntimeError, match="ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json"):
+        Runtime("fp32")
+
+
 def test_a_configuration_that_turns_deepspeed_off_is_refused(monkeypatch, fresh_state) -> None:
     """With use_cpu in its configuration, Accelerate would run plain DDP without a word."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
