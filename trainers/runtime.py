@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from data.loaders import Share
 
+from .watchdog import collective_timeout, join
+
 
 class HostCopy:
     """Small integers on their way from the device: reading waits for them, not for work that was queued since."""
@@ -34,11 +36,19 @@ class HostCopy:
 class Runtime:
     """A thin layer over Accelerate whose rules are ours: see `backward` for the one that matters."""
 
-    def __init__(self, precision: str = "auto", trackers: list[str] | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        precision: str = "auto",
+        trackers: list[str] | None = None,
+        folder: Path | None = None,
+        timeout_seconds: float = 1800.0,
+    ):
+        self.watchdog = join(timeout_seconds)
         # Without this, a multi-process launch on a machine without accelerator trains one copy a process.
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        with self.watchdog.guarding():
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=collective_timeout(timeout_seconds))
         self.precision = best_precision(state.device) if precision == "auto" else precision
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
