@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data.loaders import Share
 
 from .state import TrainingState, optimizer_state_of, weights_of
+from .watchdog import collective_timeout, join
 from .zero import Zero
 
 
@@ -38,13 +39,21 @@ class HostCopy:
 class Runtime:
     """A thin layer over Accelerate whose rules are ours: see `backward` for the one that matters."""
 
-    def __init__(self, precision: str = "auto", trackers: list[str] | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        precision: str = "auto",
+        trackers: list[str] | None = None,
+        folder: Path | None = None,
+        timeout_seconds: float = 1800.0,
+    ):
+        self.watchdog = join(timeout_seconds)
         # Without this, a multi-process launch on a machine without accelerator trains one copy a process.
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
         if "LOCAL_SIZE" in os.environ:  # the `deepspeed` launcher's name for it
             os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        with self.watchdog.guarding():
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=collective_timeout(timeout_seconds))
         self.precision = best_precision(state.device) if precision == "auto" else precision
         if "CROSS_SIZE" in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
             raise RuntimeError(

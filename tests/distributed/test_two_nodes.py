@@ -16,9 +16,17 @@ from tests.hosts import SECONDS, Host, Job, two_hosts
 from tests.runs import ROOT, SMALL, losses, results, start_ranks, validations
 
 EXACT = [*SMALL, "--method.dropout=0"]
-BIN = Path(sys.executable).parent
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deepspeed_is_built() -> None:
+    """On a CPU DeepSpeed compiles one operation when first used, in a minute or two: not within a test's time."""
+    build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
+    environment = os.environ | {"PATH": PATH, "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", build], env=environment, check=True, capture_output=True, timeout=280)
 
 
 @pytest.fixture
@@ -57,7 +65,7 @@ def start_node(
 ) -> Job:
     """Run launch/multinode.sh as the `rank`-th of two hosts with one process each."""
     environment = {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PATH": PATH,
         "NODE_RANK": str(rank),
         "NUM_NODES": "2",
         "MASTER_ADDR": "10.77.0.1",
@@ -157,9 +165,9 @@ def test_hosts_that_would_train_alone_are_refused(tmp_path: Path) -> None:
     numbers = (
         "--num_machines=2 --machine_rank=1 --main_process_ip=10.77.0.1 --main_process_port=29500 --num_processes=2"
     )
-    command = [f"{BIN}/accelerate", "launch", f"--config_file={config}", *numbers.split(), f"{ROOT}/launch/train.py"]
+    command = ["accelerate", "launch", f"--config_file={config}", *numbers.split(), f"{ROOT}/launch/train.py"]
     environment = {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PATH": PATH,
         "DS_ACCELERATOR": "cpu",
         "DS_ENV_FILE": str(tmp_path / "env"),  # where Accelerate writes the environment down, for other hosts
         "SHARDREC_WORLD_SIZE": "2",
