@@ -6,6 +6,7 @@ python benchmarks/record.py                 (only writes the table again)
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.document import write_section
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENT = ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- table of benchmarks/record.py -->", "<!-- end of table -->"
 
 
 def main() -> None:
@@ -25,9 +28,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for folder in parser.parse_args().runs:
         (RESULTS / f"{folder.name}.json").write_text(json.dumps(record(folder), indent=1) + "\n")
-    table = markdown(sorted(RESULTS.glob("*.json")))
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}")
+    table = markdown(sorted(RESULTS.glob("*-seed*.json")))
+    write_section(ROOT / "docs" / "results.md", "benchmarks/record.py", table)
 
 
 def record(folder: Path) -> dict[str, Any]:

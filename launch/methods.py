@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data.batches import (
@@ -53,8 +54,9 @@ class Built:
     training: Callable[[], Examples]
     evaluation: Callable[[Split, Phase], Examples]
     tokenizer: PreTrainedTokenizerBase | None = None  # saved with the model
-    # Chooses what is fitted on validation after training, from this process's batches and every held-out item.
-    calibrate: Callable[[Iterable[Any], np.ndarray], None] | None = None
+    # Chooses what is fitted on validation after training, from the prepared model, this process's batches and every
+    # held-out item.
+    calibrate: Callable[[nn.Module, Iterable[Any], np.ndarray], None] | None = None
 
 
 @dataclass(frozen=True)

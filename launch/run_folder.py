@@ -141,7 +141,7 @@ def read_catalog(file: Path) -> Catalog:
 
 def describe_environment(runtime: Runtime) -> dict[str, Any]:
     """Return versions, commit, hardware and the launch command."""
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _processor()
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else describe_processor()
     return {
         "command": sys.argv,
         "commit": _commit(),
@@ -155,7 +155,7 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def describe_processor() -> str:
     """Return the processor's model where Linux tells, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

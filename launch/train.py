@@ -204,7 +204,8 @@ def finish(
     if (best := trainer.checkpoints.best()) is not None:
         restore_weights(best, model)
     if built.calibrate is not None:
-        built.calibrate(evaluation_batches(config, built, parts, "valid", runtime), parts.target_items("valid"))
+        batches = evaluation_batches(config, built, parts, "valid", runtime)
+        built.calibrate(trainer.model, batches, parts.target_items("valid"))
     valid, test = (
         evaluate(config, built, trainer.model, parts, phase, runtime, config.evaluation.protocol) for phase in PHASES
     )

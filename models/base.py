@@ -26,9 +26,12 @@ class Recommender(nn.Module):
 
     saved_buffers: tuple[str, ...] = ()  # buffers that training finds out: they belong to the weights
 
-    def forward(self, batch: Batch) -> Any:
-        """Return a `Loss` for a batch with labels, scores [B, N + 1] float32 for an evaluation batch."""
-        return self.loss(batch) if batch.row is None else self.scores(batch)
+    def forward(self, batch: Batch, method: str | None = None) -> Any:
+        """Return a `Loss` for a batch with labels, scores [B, N + 1] float32 for an evaluation batch.
+
+        `method` names another method to call with the batch.
+        """
+        return getattr(self, method or ("loss" if batch.row is None else "scores"))(batch)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:

@@ -108,14 +108,18 @@ class BIGRec(Recommender):
         """Whether `choose_gamma` has something to do."""
         return self.scoring == "generate" and self.grounding.chooses_gamma
 
+    def distances_and_weights(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Return what the injection combines, each [B, N]."""
+        return self.grounding.distances(self.backbone, batch), self.grounding.weight(batch)
+
     @torch.no_grad()
-    def choose_gamma(self, batches: Iterable[PromptBatch], target_items: np.ndarray) -> None:
-        """Fit the injection's exponent on validation: this process's batches, and the held-out item of every row."""
-        self.eval()
-        parts = [
-            (batch.row, self.grounding.distances(self.backbone, batch), self.grounding.weight(batch))
-            for batch in batches
-        ]
+    def choose_gamma(self, wrapped: nn.Module, batches: Iterable[PromptBatch], target_items: np.ndarray) -> None:
+        """Fit the injection's exponent on validation: this process's batches, and the held-out item of every row.
+
+        `wrapped` is this model as it was prepared for its launch.
+        """
+        wrapped.eval()
+        parts = [(batch.row, *wrapped(batch, method="distances_and_weights")) for batch in batches]
         shares = gather_object([tuple(torch.cat(column).cpu() for column in zip(*parts, strict=True))])
         rows, distances, weights = (torch.cat(column) for column in zip(*shares, strict=True))
         distinct, first = np.unique(rows.numpy(), return_index=True)  # a loader may repeat rows

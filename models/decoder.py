@@ -17,6 +17,20 @@ from transformers.cache_utils import DynamicCache
 from .backbone import Backbone, causal_model
 
 
+def is_sharded(model: Module) -> bool:
+    """Whether ZeRO-3 spreads the model's weights over the processes: then all must make the same forward passes."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def largest_anywhere(model: Module, number: int) -> int:
+    """The largest such number of any process that shares the model's weights; elsewhere the number itself."""
+    if not is_sharded(model) or not torch.distributed.is_initialized():
+        return number
+    largest = torch.tensor(number, device=next(model.buffers()).device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 class Decoder(NamedTuple):
     """The two halves of a causal language model: tokens -> states after the final norm, states -> logits."""
 
@@ -83,9 +97,9 @@ def last_token_embeddings(
 
     The adapter is off and no EOS is added, as BIGRec grounds titles (arXiv 2308.08434). Equal texts run once.
     """
-    distinct = list(dict.fromkeys(texts))
+    distinct = list(dict.fromkeys(texts)) or [""]
     start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = tokenizer(distinct, add_special_tokens=False)["input_ids"] if distinct else []
+    encoded = tokenizer(distinct, add_special_tokens=False)["input_ids"]
     # a tokenizer without BOS has nothing to say for an empty text: EOS is what separates texts there
     ids = [(start_ids + tokens) or [tokenizer.eos_token_id] for tokens in encoded]
     adapter_off = nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter()
@@ -94,15 +108,16 @@ def last_token_embeddings(
         device = decoder.body.device
         embeddings = torch.empty(len(ids), decoder.body.config.get_text_config().hidden_size, device=device)
         shortest_first = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for start in range(0, len(ids), batch_size):
-            rows = shortest_first[start : start + batch_size]
+        batches = [shortest_first[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        missing = largest_anywhere(model, len(batches)) - len(batches)
+        for rows in batches + missing * batches[:1]:
             width = len(ids[rows[-1]])
             keep = torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows])
             tokens = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids[row])) + ids[row] for row in rows])
             prefix = run_prefix(decoder, tokens.to(device), keep.to(device), use_cache=False)
             embeddings[rows] = prefix.last_state.float()
     row_of = {text: row for row, text in enumerate(distinct)}
-    return embeddings[[row_of[text] for text in texts]]
+    return embeddings[torch.tensor([row_of[text] for text in texts], dtype=torch.long)]
 
 
 def log_softmax(logits: Tensor) -> Tensor:

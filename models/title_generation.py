@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .backbone import Backbone, causal_model
-from .decoder import log_softmax, run_prefix, scoring_decoder
+from .decoder import is_sharded, largest_anywhere, log_softmax, run_prefix, scoring_decoder
 from .title_trie import TitleTrie
 
 
@@ -34,8 +33,8 @@ def beam_search_titles(
         rows = torch.arange(batch, device=input_ids.device)[:, None]
         for step in range(1, trie.max_depth):
             # under ZeRO-3 a process that stopped early would leave the others waiting for its weights
-            ended = trie.is_leaf(nodes) | scores.isneginf()
-            if bool(ended.all()) and not is_deepspeed_zero3_enabled():
+            going_on = ~(trie.is_leaf(nodes) | scores.isneginf())
+            if not largest_anywhere(model, int(going_on.any())):
                 break
             width = 1 if step == 1 else num_beams
             prefix.cache.batch_select_indices((rows * width + origin).flatten())
@@ -115,6 +114,7 @@ def generate_free(
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             ),
+            synced_gpus=is_sharded(model) and torch.distributed.is_initialized(),
         )
     finally:
         causal.generation_config = checkpoint_settings

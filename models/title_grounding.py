@@ -19,7 +19,7 @@ from data.prompts import clean_title, grounding_text
 from . import grounding
 from .backbone import Backbone, causal_model
 from .base import Recommender
-from .decoder import last_token_embeddings
+from .decoder import is_sharded, last_token_embeddings
 from .title_generation import generate_free
 
 CUTOFFS = (1, 5, 10, 20)  # gamma is chosen for the mean NDCG at these
@@ -138,9 +138,12 @@ class TitleGrounding(nn.Module):
         return self.config.injection != "none" and self.config.gamma is None
 
     def _embedded_titles(self, backbone: Backbone) -> Tensor:
-        """Return [N, H]; those of a frozen base are the same for every run, so they are kept on disk."""
+        """Return [N, H]; those of a frozen base are the same for every run, so they are kept on disk.
+
+        Not those of a base that ZeRO-3 spreads: no process alone could compute them, or know the base by its weights.
+        """
         if self.title_embeddings is None:
-            if not isinstance(backbone, PreTrainedModel):
+            if not isinstance(backbone, PreTrainedModel) and not is_sharded(backbone):
                 self.title_embeddings = self._from_disk(backbone)
             else:
                 self.title_embeddings = last_token_embeddings(backbone, self.tokenizer, self.titles)

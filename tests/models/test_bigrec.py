@@ -152,7 +152,7 @@ def test_gamma_is_chosen_on_validation_and_saved(world, cache) -> None:
     rows = built.evaluation(parts, "valid")
     batches = [rows.collate(np.arange(len(rows.lengths)), 0)]
     assert built.calibrate is not None
-    built.calibrate(batches, parts.target_items("valid"))
+    built.calibrate(built.model, batches, parts.target_items("valid"))
     model = built.model
     assert "grounding.gamma" in model.saved_buffers
 

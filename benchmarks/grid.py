@@ -1,0 +1,182 @@
+"""Every method under every strategy: it trains like one process, checkpoints, resumes and evaluates the same.
+
+python benchmarks/grid.py                                (all cells, and the table of docs/scaling.md)
+python benchmarks/grid.py --rows "bigrec 4-bit" --strategies zero3
+
+A cell is one run of 50 steps that is stopped after 25 and started again, so its second half comes from a checkpoint.
+Dropout is off, for it differs between processes; everything else is as in any run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.document import hardware, write_section
+from models.backbone import BackboneConfig, load_backbone, load_tokenizer, save_backbone
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "grid.json"
+STEPS = 50
+# Largest difference of a logged loss from one process: float32 sums in another order, and bfloat16 with 8 bits.
+BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
+STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+COMMON = (
+    "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.trackers [] --train.batch_size 16 "
+    "--train.micro_batch_size 4 --train.lr 0.003 --train.schedule linear --train.warmup_steps 5 "
+    "--train.max_grad_norm 1.0 --train.log_every_steps 1 --train.save_every_steps 25 --train.eval_every_steps 100"
+).split()
+SASREC = "--model sasrec --method.window 12 --method.hidden_size 32 --method.dropout 0".split()
+BIGREC = "--model bigrec --backbone.tiny.hidden_size 32 --backbone.tiny.layers 2".split()
+LORA = "--model bigrec --backbone.lora_dropout 0".split()
+ROWS = {
+    "sasrec float32": [*SASREC, "--train.precision=fp32"],
+    "sasrec bf16": [*SASREC, "--train.precision=bf16"],
+    "bigrec float32": [*BIGREC, "--train.precision=fp32"],
+    "bigrec bf16, checkpointing": [*BIGREC, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
+    "bigrec LoRA float32": [*LORA, "--train.precision=fp32"],
+    "bigrec LoRA 4-bit": [*LORA, "--train.precision=bf16", "--backbone.quantization=4bit"],
+    "bigrec LoRA 8-bit": [*LORA, "--train.precision=bf16", "--backbone.quantization=8bit"],
+}
+
+
+@dataclass
+class Cell:
+    """What was measured of one row under one strategy."""
+
+    row: str
+    strategy: str
+    loss_difference: float  # largest, over the logged steps
+    resumed: bool
+    same_evaluation: bool  # the processes ranked every user as one process ranks them with the saved weights
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        return self.loss_difference <= bound(self.row) and self.resumed and self.same_evaluation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run every method under every strategy.")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    arguments = parser.parse_args()
+    cells: list[Cell] = []
+    with TemporaryDirectory() as folder:
+        backbone = save_small_backbone(Path(folder) / "backbone")
+        for row in arguments.rows:
+            for strategy in dict.fromkeys(("one", *arguments.strategies)):
+                cells.append(run_cell(row, strategy, Path(folder), backbone))
+                print(cells[-1], flush=True)
+    if arguments.rows == list(ROWS) and arguments.strategies == list(STRATEGIES):
+        RESULTS.write_text(json.dumps({"hardware": hardware(), "cells": [asdict(cell) for cell in cells]}, indent=1))
+        write_section(ROOT / "docs" / "scaling.md", "benchmarks/grid.py", markdown(cells))
+    sys.exit(0 if all(cell.holds for cell in cells) else 1)
+
+
+def settings(row: str, backbone: Path) -> list[str]:
+    """Return the flags of a row; `backbone` is the pre-trained folder for LoRA."""
+    name = [f"--backbone.name={backbone}"] if "LoRA" in row else []
+    return [*ROWS[row], *name, *COMMON]
+
+
+def bound(row: str) -> float:
+    return BOUNDS["fp32" if "float32" in row else "bf16"]
+
+
+def save_small_backbone(folder: Path) -> Path:
+    """Write a small Llama in Hugging Face format, as a pre-trained base for LoRA and quantisation."""
+    config = BackboneConfig()
+    config.tiny.hidden_size, config.tiny.layers = 64, 2
+    tokenizer = load_tokenizer(config, ["Painted Shadow 4 (1986)", "Distant Planet 6 (1971)"] * 50)
+    save_backbone(load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True), tokenizer, folder)
+    return folder
+
+
+def run_cell(row: str, strategy: str, folder: Path, backbone: Path) -> Cell:
+    """Train half, go on with the other half, and evaluate what was saved in one process."""
+    run, started = folder / row.replace(" ", "-") / strategy, time.perf_counter()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(configuration(strategy, folder))] if strategy != "one" else ["--num_processes=1"]
+    train = ["launch/train.py", *settings(row, backbone), f"--output={run}"]
+    output = ""
+    for steps in (STEPS // 2, STEPS):
+        output = checked([*launcher, *train, f"--train.max_steps={steps}"])
+    checked([sys.executable, "launch/evaluate.py", f"--run={run}"])
+    return Cell(
+        row,
+        strategy,
+        loss_difference(run, run.with_name("one")),
+        "resuming" in output,
+        same_evaluation(run),
+        round(time.perf_counter() - started, 1),
+    )
+
+
+def configuration(strategy: str, folder: Path) -> Path:
+    """Return the Accelerate configuration of a strategy; ZeRO-3 would keep weights as small as these whole."""
+    own = ROOT / "launch" / "accelerate" / f"{strategy}.yaml"
+    if not strategy.startswith("zero3"):
+        return own
+    deepspeed = json.loads((ROOT / "ds_configs" / f"{strategy}.json").read_text())
+    deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / f"{strategy}.json").write_text(json.dumps(deepspeed))
+    changed = folder / f"{strategy}.yaml"
+    changed.write_text(own.read_text().replace(f"ds_configs/{strategy}.json", str(folder / f"{strategy}.json")))
+    return changed
+
+
+def checked(command: list[str]) -> str:
+    """Return what a command prints; raise when it fails."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def loss_difference(run: Path, reference: Path) -> float:
+    """Return the largest difference of a step's loss; both must have the same steps."""
+    ours, theirs = losses(run), losses(reference)
+    if [step for step, _ in ours] != [step for step, _ in theirs]:
+        raise RuntimeError(f"{run} logged the steps {[step for step, _ in ours]}, {reference} others")
+    return max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+def same_evaluation(run: Path) -> bool:
+    """Whether launch/evaluate.py, in one process, ranks every test user as the run did."""
+    (again,) = (run / "evaluations").glob("*.parquet")
+    return pd.read_parquet(again).equals(pd.read_parquet(run / "ranks" / "test.parquet"))
+
+
+def markdown(cells: Iterable[Cell]) -> str:
+    """Return the table: the largest loss difference of each cell, or what failed."""
+    found = {(cell.row, cell.strategy): cell for cell in cells}
+    lines = ["| method and base | " + " | ".join(STRATEGIES) + " |", "| --- |" + " --- |" * len(STRATEGIES)]
+    for row in ROWS:
+        lines.append(f"| {row} | " + " | ".join(entry(found[row, strategy]) for strategy in STRATEGIES) + " |")
+    return "\n".join(lines)
+
+
+def entry(cell: Cell) -> str:
+    if cell.holds:
+        return f"{cell.loss_difference:.0e}"
+    reasons = {"does not resume": not cell.resumed, "evaluates otherwise": not cell.same_evaluation}
+    return f"{cell.loss_difference:.0e} " + ", ".join(reason for reason, is_so in reasons.items() if is_so)
+
+
+if __name__ == "__main__":
+    main()
