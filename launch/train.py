@@ -31,7 +31,14 @@ from launch.methods import METHODS, Built, Setting
 from launch.run_folder import RunFolder
 from launch.show import example_recommendations, show_results
 from models.backbone import describe
-from trainers.checkpoint import CannotSave, Checkpoints, CorruptCheckpoint, restore_optimizer, restore_weights
+from trainers.checkpoint import (
+    CannotSave,
+    Checkpoints,
+    CorruptCheckpoint,
+    restore_optimizer,
+    restore_weights,
+    restore_weights_of_main,
+)
 from trainers.loop import NonFiniteLoss, Trainer
 from trainers.optimizer import build_optimizer
 from trainers.progress import Progress
@@ -201,8 +208,8 @@ def finish(
     """Measure the best checkpoint on validation and test, beside popularity; write the model and its results."""
     runtime = trainer.runtime
     model = runtime.unwrap(trainer.model)
-    if (best := trainer.checkpoints.best()) is not None:
-        restore_weights(best, model)
+    if (best_step := trainer.progress.best_step) is not None:
+        restore_weights_of_main(trainer.checkpoints.at(best_step), model, runtime.is_main)
     if built.calibrate is not None:
         batches = evaluation_batches(config, built, parts, "valid", runtime)
         built.calibrate(trainer.model, batches, parts.target_items("valid"))

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ import pytest
 from tests.runs import ROOT
 
 SECONDS = 200  # a job that takes longer hangs; 20 are usual
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 CABLE = "eth0"  # each host's end of it
 
 
@@ -90,3 +92,20 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def start_node(
+    host: Host, rank: int, *arguments: str, output: Path, log: Path, config: Path | None = None, **variables: str
+) -> Job:
+    """Run launch/multinode.sh as the `rank`-th of two hosts with one process each."""
+    environment = {
+        "PATH": PATH,
+        "NODE_RANK": str(rank),
+        "NUM_NODES": "2",
+        "MASTER_ADDR": "10.77.0.1",
+        "PROCESSES_PER_NODE": "1",
+    }
+    if config is not None:
+        environment["CONFIG"] = str(config)
+    command = ("launch/multinode.sh", *arguments, f"--output={output}")
+    return host.start(*command, log=log, environment=environment | variables)

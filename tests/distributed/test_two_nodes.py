@@ -3,36 +3,19 @@
 import json
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.hosts import SECONDS, Host, Job, two_hosts
+from tests.hosts import PATH, SECONDS, Host, Job, start_node
 from tests.runs import ROOT, SMALL, losses, results, start_ranks, validations
 
 EXACT = [*SMALL, "--method.dropout=0"]
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deepspeed_is_built() -> None:
-    """On a CPU DeepSpeed compiles one operation when first used, in a minute or two: not within a test's time."""
-    build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
-    environment = os.environ | {"PATH": PATH, "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, "-c", build], env=environment, check=True, capture_output=True, timeout=280)
-
-
-@pytest.fixture
-def hosts() -> Iterator[tuple[Host, Host]]:
-    with two_hosts() as both:
-        yield both
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
 
 
 @dataclass(frozen=True)
@@ -58,23 +41,6 @@ def make_configuration(stage: int, folder: Path) -> Configuration:
     launch["deepspeed_config"]["deepspeed_config_file"] = str(made.deepspeed)
     made.accelerate.write_text(yaml.safe_dump(launch))
     return made
-
-
-def start_node(
-    host: Host, rank: int, *arguments: str, output: Path, log: Path, config: Path | None = None, **variables: str
-) -> Job:
-    """Run launch/multinode.sh as the `rank`-th of two hosts with one process each."""
-    environment = {
-        "PATH": PATH,
-        "NODE_RANK": str(rank),
-        "NUM_NODES": "2",
-        "MASTER_ADDR": "10.77.0.1",
-        "PROCESSES_PER_NODE": "1",
-    }
-    if config is not None:
-        environment["CONFIG"] = str(config)
-    command = ("launch/multinode.sh", *arguments, f"--output={output}")
-    return host.start(*command, log=log, environment=environment | variables)
 
 
 @dataclass(frozen=True)
