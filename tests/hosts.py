@@ -1,6 +1,7 @@
 """Two hosts on one machine: network namespaces, joined by a cable (a veth pair), that share the file system."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,8 @@ class Host:
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Have two hosts, one core each; skip the test where the kernel does not allow to make them."""
+    if not (shutil.which("ip") and shutil.which("taskset")):
+        pytest.skip("no `ip` (iproute2) or `taskset` (util-linux) here, which make hosts of network namespaces")
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     unique = f"shardrec-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     hosts = tuple(Host(f"{unique}-{i}", f"10.77.0.{i + 1}", cores[i % len(cores)]) for i in range(2))
@@ -78,8 +81,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             first, second = hosts
             # Made inside the namespaces, so neither its names nor its addresses meet those of the machine.
             _ip("link", "add", CABLE, "netns", first.name, "type", "veth", "peer", "name", CABLE, "netns", second.name)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no network namespaces here (root or CAP_NET_ADMIN): {getattr(error, 'stderr', '') or error}")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here (root or CAP_NET_ADMIN): {error.stderr.strip()}")
         for host in hosts:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", CABLE)
             for device in (CABLE, "lo"):

@@ -78,6 +78,37 @@ def test_two_hosts_train_like_one_with_two_processes(
     assert results(folder) == results(tmp_path / "one")
 
 
+def test_the_deepspeed_launcher_trains_two_hosts_alike(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Its own way to start a host, without ssh; it passes --local_rank to the script."""
+    settings = [*EXACT, "--train.max_steps=6"]
+    config = ROOT / "ds_configs/zero2.json"
+    one_host = start_ranks(*settings, output=tmp_path / "one", before=UnderZero(config))
+    assert [rank.wait() for rank in one_host] == [0, 0], one_host[0].text() + one_host[1].text()
+
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{host.address} slots=1\n" for host in hosts))
+    environment = {
+        "PATH": PATH,
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config),
+    }
+    nodes = [
+        host.start(
+            *("deepspeed", f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={rank}"),
+            *(f"--master_addr={hosts[0].address}", "launch/train.py", *settings, f"--output={tmp_path / 'two'}"),
+            log=tmp_path / f"node-{rank}.log",
+            environment=environment,
+        )
+        for rank, host in enumerate(hosts)
+    ]
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].text() + nodes[1].text()
+    assert "ZeRO-2, 2 processes" in nodes[0].text()
+    assert "--local_rank=0" in nodes[1].text()
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     ("rank", "joined", "remedy"),
     [
