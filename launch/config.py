@@ -64,7 +64,8 @@ def build_parser(model: str) -> SettingsParser:
 
 def parse(argv: list[str]) -> RunConfig:
     """Return the configuration of a command line; on a mistake, print what is wrong and how to mend it, and exit."""
-    paths, flags = _without_files(argv)
+    # The `deepspeed` launcher puts --local_rank=N first, and the same into $LOCAL_RANK, which is what is read.
+    paths, flags = _without_files([word for word in argv if not word.startswith("--local_rank=")])
     files = {path: _read_yaml(path) for path in paths}
     named = [str(file["model"]) for file in files.values() if "model" in file] + _values(flags, "model")
     model = named[-1] if named else DEFAULT_MODEL

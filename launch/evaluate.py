@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     parser = SettingsParser(prog="launch/evaluate.py", description=__doc__)
     config = parser.read_as(EvaluateConfig, argv)
     run = load_run(config.run)
-    runtime = Runtime(config.precision or run.config.train.precision)
+    runtime = Runtime(config.precision or run.config.train.precision, timeout_seconds=run.config.train.timeout_seconds)
     parts = read_data_of(run)
     options = {name: getattr(config, name) for name in ("cutoffs", "protocol", "mask", "ties", "seed")}
     try:
@@ -57,8 +57,9 @@ def main(argv: list[str]) -> int:
     batch_size = config.batch_size or run.config.train.eval_batch_size
     batches = EvaluationLoader(run.built.evaluation(parts, config.phase), batch_size, runtime.share, runtime.device)
     model = runtime.accelerator.prepare_model(run.built.model, evaluation_mode=True)
-    result = evaluator.run(model, batches)
-    popularity = evaluate_popularity(parts, config.phase, **options)
+    with runtime.watchdog.watching():
+        result = evaluator.run(model, runtime.watchdog.each(batches))
+        popularity = evaluate_popularity(parts, config.phase, **options)
     if runtime.is_main:
         name = f"{config.phase}-{config.protocol}-{config.mask}-{config.ties}"
         folder = config.run / "evaluations"

@@ -32,6 +32,7 @@ MAY_DIFFER = (
     "train.save_every_steps",
     "train.keep_checkpoints",
     "train.log_every_steps",
+    "train.timeout_seconds",
 )
 CLAIM_SECONDS = 5  # how long a run that was just stopped may take to leave its folder
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "datasets", "bitsandbytes", "numpy")

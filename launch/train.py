@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ from launch.methods import METHODS, Built, Setting
 from launch.run_folder import RunFolder
 from launch.show import example_recommendations, show_results
 from models.backbone import describe
-from trainers.checkpoint import CannotSave, Checkpoints, CorruptCheckpoint, restore_optimizer, restore_weights
+from trainers.checkpoint import (
+    CannotSave,
+    Checkpoints,
+    CorruptCheckpoint,
+    restore_optimizer,
+    restore_weights,
+    restore_weights_of_main,
+)
 from trainers.loop import NonFiniteLoss, Trainer
 from trainers.optimizer import build_optimizer
 from trainers.progress import Progress
@@ -61,7 +69,10 @@ class Clock:
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0, 1 when the loss was not finite, 143 when SIGTERM stopped the run and it has saved."""
+    """Return the exit code: 0, 1 when the loss was not finite, 128 + n when signal n stopped the run and it has saved.
+
+    A run that loses one of its processes ends with 75 (see trainers/watchdog.py).
+    """
     try:
         with Stop() as stop:
             run(parse(argv), stop)
@@ -79,8 +90,14 @@ def main(argv: list[str]) -> int:
 def run(config: RunConfig, stop: Stop) -> None:
     """Train, evaluate and show the results; a signal may leave it anywhere (see trainers/signals.py)."""
     clock = Clock(time.perf_counter())
-    runtime = Runtime(config.train.precision, config.train.trackers, config.output)
+    runtime = Runtime(config.train.precision, config.train.trackers, config.output, config.train.timeout_seconds)
     set_up_logging(runtime)
+    with runtime.watchdog.watching():
+        train_and_measure(config, runtime, stop, clock)
+
+
+def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Clock) -> None:
+    """The run itself, watched over (see trainers/watchdog.py)."""
     folder = RunFolder(config.output)
     if config.resume == "auto" and folder.is_finished(config):
         if runtime.is_main:
@@ -194,8 +211,8 @@ def finish(
     """Measure the best checkpoint on validation and test, beside popularity; write the model and its results."""
     runtime = trainer.runtime
     model = runtime.unwrap(trainer.model)
-    if (best := trainer.checkpoints.best()) is not None:
-        restore_weights(best, model)
+    if (best_step := trainer.progress.best_step) is not None:
+        restore_weights_of_main(trainer.checkpoints.at(best_step), model, runtime.is_main)
     if built.calibrate is not None:
         batches = evaluation_batches(config, built, parts, "valid", runtime)
         built.calibrate(trainer.model, batches, parts.target_items("valid"))
@@ -236,6 +253,7 @@ def evaluate(
 ) -> Evaluation:
     """Rank every target of a phase; models are always selected by the full catalogue."""
     evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol))
+    runtime.watchdog.arrive(f"the evaluation on {phase} targets")
     return evaluator.run(model, evaluation_batches(config, built, parts, phase, runtime))
 
 
@@ -244,12 +262,11 @@ def evaluator_options(config: RunConfig, protocol: Protocol) -> dict[str, Any]:
     return vars(config.evaluation) | {"protocol": protocol}
 
 
-def evaluation_batches(
-    config: RunConfig, built: Built, parts: Split, phase: Phase, runtime: Runtime
-) -> EvaluationLoader:
-    """Return this process's batches of a phase."""
+def evaluation_batches(config: RunConfig, built: Built, parts: Split, phase: Phase, runtime: Runtime) -> Iterator[Any]:
+    """Yield this process's batches of a phase."""
     examples = built.evaluation(parts, phase)
-    return EvaluationLoader(examples, config.train.eval_batch_size, runtime.share, runtime.device)
+    loader = EvaluationLoader(examples, config.train.eval_batch_size, runtime.share, runtime.device)
+    return runtime.watchdog.each(loader)
 
 
 def set_up_logging(runtime: Runtime) -> None:

@@ -81,8 +81,9 @@ def start_ranks(
     processes: int = 2,
     before: Callable[[int], None] | None = None,
     script: str = "train",
+    only: int | None = None,
 ) -> list[Run]:
-    """Start the processes of one run with the environment that a launcher gives them, one core each."""
+    """Start the processes of one run (or only one of them) with the environment of a launcher, one core each."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -95,7 +96,7 @@ def start_ranks(
             script=script,
             environment={name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()},
         )
-        for rank in range(processes)
+        for rank in (range(processes) if only is None else [only])
     ]
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .progress import Progress
-from .state import TrainingState, load_optimizer_state, load_weights
+from .state import TrainingState, load_optimizer_state, load_weights, load_weights_of_main
 from .zero import Zero
 
 logger = logging.getLogger("shardrec")
@@ -154,6 +154,13 @@ def restore_weights(folder: Path, model: nn.Module) -> Progress:
     progress = verify(folder)
     load_weights(model, folder / "model.safetensors")
     return progress
+
+
+def restore_weights_of_main(folder: Path, model: nn.Module, is_main: bool) -> None:
+    """Load the weights of a checkpoint on all processes, though only the main one need see it. Collective."""
+    if is_main:
+        verify(folder)
+    load_weights_of_main(model, folder / "model.safetensors", is_main)
 
 
 def restore_optimizer(

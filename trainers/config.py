@@ -62,6 +62,8 @@ class TrainConfig:
     """Also checkpoint every so many steps, not only at each evaluation."""
     keep_checkpoints: int = 1
     """Recent checkpoints to keep besides the best."""
+    timeout_seconds: float = 1800.0
+    """Seconds that the processes of a run wait for each other, at the start and later, before they all end."""
     log_every_steps: int = 10
     """Write a line of metrics every so many steps."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -72,11 +74,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--train.{name} is {value}, but must be at least 1")
-        if self.lr <= 0:
-            raise ValueError(f"--train.lr is {self.lr}, but must be above 0")
         for prefix, multiplier in self.lr_multipliers.items():
             if multiplier <= 0:
                 raise ValueError(f"--train.lr_multipliers has {prefix}: {multiplier}, but must be above 0")
+        for name in ("lr", "timeout_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--train.{name} is {getattr(self, name)}, but must be above 0")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--train.{name} is {getattr(self, name)}, but must not be negative")

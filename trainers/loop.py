@@ -86,13 +86,14 @@ class Trainer:
         """Do one optimizer step; return whether any process was asked to stop."""
         started = time.perf_counter()
         config, progress = self.config, self.progress
+        self.runtime.watchdog.arrive(f"step {progress.step + 1}")
         set_learning_rate(self.optimizer, learning_rate(progress.step, self.total_steps, config))
         # Dropout is a function of (seed, step, process), so a resumed run repeats it without saved generators.
         set_seed(hash_seed(config.seed, progress.step, self.runtime.share.process_index))
         labels, news = self._agree(step)
         self.model.train()
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(step.batches):
+        for i, batch in enumerate(self.runtime.watchdog.each(step.batches)):
             with self.runtime.accumulating(self.model, is_last=i == len(step.batches) - 1):
                 loss = self.model(batch.to(self.runtime.device))
                 self.runtime.backward(loss.total, labels)

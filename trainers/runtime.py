@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data.loaders import Share
 
 from .state import TrainingState, optimizer_state_of, weights_of
+from .watchdog import collective_timeout, join
 from .zero import Zero
 
 
@@ -38,12 +39,28 @@ class HostCopy:
 class Runtime:
     """A thin layer over Accelerate whose rules are ours: see `backward` for the one that matters."""
 
-    def __init__(self, precision: str = "auto", trackers: list[str] | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        precision: str = "auto",
+        trackers: list[str] | None = None,
+        folder: Path | None = None,
+        timeout_seconds: float = 1800.0,
+    ):
+        self.watchdog = join(timeout_seconds)
         # Without this, a multi-process launch on a machine without accelerator trains one copy a process.
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        if "LOCAL_SIZE" in os.environ:  # the `deepspeed` launcher's name for it
+            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+        with self.watchdog.guarding():
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=collective_timeout(timeout_seconds))
         self.precision = best_precision(state.device) if precision == "auto" else precision
+        if "CROSS_SIZE" in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+            raise RuntimeError(
+                "the `deepspeed` launcher started this process without saying which ZeRO to use: export "
+                "ACCELERATE_USE_DEEPSPEED=true and ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json, for other "
+                "hosts in .deepspeed_env (launch/hostfile.example)"
+            )
         uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         self.accelerator = Accelerator(
             # DeepSpeed would turn trained weights into bf16: see trainers/zero.py for what is done instead.
@@ -61,11 +78,13 @@ class Runtime:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        # What a script for several hosts asked for; without one, what this host's launcher was told.
+        asked = int(os.environ.get("SHARDREC_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
         if asked != self.share.num_processes:
             raise RuntimeError(
-                f"the launcher started {asked} processes, but {self.share.num_processes} joined: each would train "
-                "alone. Check --num_processes and the Accelerate configuration (launch/accelerate/)"
+                f"{asked} processes were asked for, but {self.share.num_processes} joined: each group would train "
+                "alone. Check --num_processes and the Accelerate configuration (launch/accelerate/), which needs "
+                "deepspeed_multinode_launcher: standard on several hosts; SHARDREC_WORLD_SIZE, where set, is the number"
             )
         if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # started by a launcher
             self._use_all_cores()

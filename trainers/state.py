@@ -3,11 +3,13 @@
 A run may therefore go on under another number of processes, with DDP instead of ZeRO, or under another stage of it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,10 +39,26 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, file: Path) -> None:
     """Copy the weights in `file` into `model`; raise ValueError unless both have the same. Collective under ZeRO-3."""
+    saved = _read_weights(model, file)
+    for name, tensor in _weights(model):
+        with gathered([tensor], write=True), torch.no_grad():
+            tensor.copy_(saved[name])
+
+
+def load_weights_of_main(model: nn.Module, file: Path, is_main: bool) -> None:
+    """Let the main process load `file`, which other hosts may not see, and give the weights to all. Collective."""
+    saved = _read_weights(model, file) if is_main else {}
+    for name, tensor in _weights(model):
+        with gathered([tensor], write=True), torch.no_grad():
+            if is_main:
+                tensor.copy_(saved[name])
+            broadcast(tensor)
+
+
+def _read_weights(model: nn.Module, file: Path) -> dict[str, Tensor]:
+    """Return the weights in `file` by name; raise ValueError unless they are those of `model`."""
     saved = load_file(file)
-    buffers = {name: model.get_buffer(name) for name in _saved_buffers(model)}
-    parameters = dict(trainable(model))
-    shapes = {name: b.shape for name, b in buffers.items()} | {name: full_shape(p) for name, p in parameters.items()}
+    shapes = {name: full_shape(tensor) for name, tensor in _weights(model)}
     missing, unexpected = sorted(shapes.keys() - saved.keys()), sorted(saved.keys() - shapes.keys())
     wrong = sorted(name for name in shapes.keys() & saved.keys() if shapes[name] != saved[name].shape)
     if missing or unexpected or wrong:
@@ -48,12 +66,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
             f"{file} does not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}, "
             f"other shapes {wrong[:3]}: was it trained with other --method or --backbone settings?"
         )
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(saved[name])
-        for name, parameter in parameters.items():
-            with gathered([parameter], write=True):
-                parameter.copy_(saved[name])
+    return saved
 
 
 def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero | None) -> dict[str, Tensor]:
@@ -90,6 +103,12 @@ def load_optimizer_state(
         if names[id(parameter)] in by_parameter
     }
     optimizer.load_state_dict(state)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what belongs to the weights by name: saved buffers and trainable parameters."""
+    yield from ((name, model.get_buffer(name)) for name in _saved_buffers(model))
+    yield from trainable(model)
 
 
 def _saved_buffers(model: nn.Module) -> tuple[str, ...]:

@@ -142,13 +142,13 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: Tensor) -> torch.Size:
     """Return a parameter's shape, also where ZeRO-3 keeps only a slice of it here."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None]:
     """Have whole parameters inside, where ZeRO-3 spreads them; collective there, and nothing anywhere else.
 
     With `write`, what every process has written alike is kept.

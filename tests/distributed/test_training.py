@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from tests.runs import ROOT, SMALL, At, Run, losses, results, run, start, start_ranks, validations
+from trainers.watchdog import EXIT_LOST_RANK
 
 # Dropout differs from process to process, so that is off; steps of 16 are 2 x 8, as two micro-batches or processes.
 EXACT = [*SMALL, "--method.dropout=0"]
@@ -137,7 +138,7 @@ def _kill(rank: int) -> None:
 def test_a_killed_process_ends_the_other_and_both_can_go_on(one_process: Path, tmp_path: Path) -> None:
     ranks = start_ranks(*EXACT, output=tmp_path / "run", before=_kill)
     first, second = wait(ranks)
-    assert (first, second) == (1, -signal.SIGKILL)
+    assert (first, second) == (EXIT_LOST_RANK, -signal.SIGKILL)
     ranks = start_ranks(*EXACT, output=tmp_path / "run")
     assert wait(ranks) == [0, 0], ranks[0].text() + ranks[1].text()
     assert "resuming" in ranks[0].text()

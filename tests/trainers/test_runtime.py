@@ -74,6 +74,20 @@ def test_small_numbers_come_to_the_host() -> None:
     assert HostCopy(torch.tensor([3, 0, 2])).read() == [3, 0, 2]
 
 
+def test_a_process_that_was_to_be_one_of_several_does_not_train_alone(monkeypatch, fresh_state) -> None:
+    """As when several hosts are launched without deepspeed_multinode_launcher: standard."""
+    monkeypatch.setenv("SHARDREC_WORLD_SIZE", "16")
+    with pytest.raises(RuntimeError, match=r"16 processes were asked for, but 1 joined.*multinode_launcher: standard"):
+        Runtime("fp32")
+
+
+def test_the_deepspeed_launcher_must_name_a_configuration(monkeypatch, fresh_state) -> None:
+    """It is called for ZeRO, and would give DDP."""
+    monkeypatch.setenv("CROSS_SIZE", "2")
+    with pytest.raises(RuntimeError, match="export ACCELERATE_USE_DEEPSPEED=true and ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        Runtime("fp32")
+
+
 def test_a_configuration_that_turns_deepspeed_off_is_refused(monkeypatch, fresh_state) -> None:
     """With use_cpu in its configuration, Accelerate would run plain DDP without a word."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
