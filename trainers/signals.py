@@ -1,9 +1,12 @@
-"""SIGTERM and SIGINT: a run that is asked to stop saves what it has, and says so."""
+"""SIGTERM, SIGINT and SIGUSR1: a run that is asked to stop saves what it has, and says so."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
+
+# SIGUSR1 is what Slurm is asked to send some time before a job's end: see launch/slurm.sbatch.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
@@ -11,7 +14,7 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number  # as a shell reports it: 143 for SIGTERM
+        self.exit_code = 128 + number  # as a shell reports it: 143 for SIGTERM, 138 for SIGUSR1
 
 
 class Stop:
@@ -22,7 +25,7 @@ class Stop:
         self._deferring = False
 
     def __enter__(self) -> Self:
-        self._previous = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {n: signal.signal(n, self._receive) for n in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,6 +17,7 @@ from trainers.watchdog import EXIT_LOST_RANK
 TIMEOUT = 6.0  # seconds: nothing moves for so long, and half of it without a heartbeat
 SLACK = 15.0  # of a machine that does other things too
 SETTINGS = [*SMALL, f"--train.timeout_seconds={TIMEOUT}"]
+pytestmark = pytest.mark.slow  # a minute of waiting for limits to pass
 STEP, EVALUATION = ("trainers.loop", "Trainer._train_step"), ("evaluation.evaluator", "Evaluator._rank_batch")
 
 

@@ -44,7 +44,7 @@ def test_sigterm_is_obeyed_at_once(undisturbed: Path, tmp_path: Path, moment: At
     assert_goes_on(stopped.folder, undisturbed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_step_is_finished_and_saved(undisturbed: Path, tmp_path: Path, number: int, code: int) -> None:
     moment = At(TRAINER, "learning_rate", 8, number)
     stopped = start(*SMALL, output=tmp_path / "run", before=moment)

@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
-from trainers.signals import Interrupted, Stop
+from trainers.signals import SIGNALS, Interrupted, Stop
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_interrupts_at_once(number: signal.Signals, exit_code: int) -> None:
     with pytest.raises(Interrupted, match=number.name) as interruption, Stop():
         signal.raise_signal(number)
@@ -77,7 +77,7 @@ def test_a_second_signal_does_not_cut_the_clean_up_short() -> None:
 
 
 def test_handlers_are_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in SIGNALS]
     with Stop():
         assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
