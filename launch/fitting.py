@@ -2,16 +2,16 @@
 
 import shlex
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import ceil
 from typing import Any
+
+from models.losses import CHUNK_ROWS
 
 from .config import RunConfig
 from .memory import STRATEGIES, Forecast, Strategy, forecast
 from .rehearsal import Rehearsal, rehearse
-from .skeletons import make_skeleton
 
-LOSS_ROWS = 1024  # rows of logits at once (models/losses.py): below it memory grows faster with the micro-batch
+LOSS_ROWS = 2 * CHUNK_ROWS  # two chunks of logits are alive at once; up to there memory grows faster with the rows
 MOST_REMEDIES = 6
 
 
@@ -23,13 +23,6 @@ class Fit:
     title: str
     fits: bool
     largest_micro_batch: int  # 0 where not even one row fits
-
-    def command(self, gpus: int, flags: list[str]) -> str:
-        """Return the command that trains so; `flags` are those of launch/train.py."""
-        launch = launcher(self.forecast.strategy, gpus)
-        if not self.fits:
-            flags = [*flags, "--train.micro_batch_size", str(self.largest_micro_batch)]
-        return shlex.join([*launch.split(), "launch/train.py", *flags])
 
 
 def launcher(strategy: Strategy, gpus: int) -> str:
@@ -47,24 +40,15 @@ class Planner:
 
     def __init__(self, config: RunConfig, num_items: int, length: int, gpus: int) -> None:
         self.config, self.num_items, self.length, self.gpus = config, num_items, length, gpus
-        share = ceil(config.train.batch_size / gpus)
-        self.micro_batch = min(config.train.micro_batch_size or share, share)
+        self.share = ceil(config.train.batch_size / gpus)  # of a step's examples, on each GPU
+        self.micro_batch = min(config.train.micro_batch_size or self.share, self.share)
+        self._rehearsed: dict[int, Rehearsal] = {}
         self.optimizer: str = getattr(config.train, "optimizer", "adamw")
 
-    @cached_property
-    def rehearsal(self) -> Rehearsal:
-        return self._rehearse(self.micro_batch)
-
-    @cached_property
-    def _larger(self) -> tuple[Rehearsal, Rehearsal]:
-        """Two micro-batches whose difference says what a row costs."""
-        enough = max(self.micro_batch, ceil(LOSS_ROWS / self.length))
-        return self.rehearsal if enough == self.micro_batch else self._rehearse(enough), self._rehearse(2 * enough)
-
     @property
-    def note(self) -> str:
-        """What the forecast leaves out, if anything."""
-        return make_skeleton(self.config, self.num_items).note
+    def rehearsal(self) -> Rehearsal:
+        """The micro-batch that is asked for."""
+        return self._rehearse(self.micro_batch)
 
     def fits(self, gpu_bytes: int) -> list[Fit]:
         """Return every strategy with its forecast, fastest first."""
@@ -78,27 +62,39 @@ class Planner:
         largest = max(largest, self.micro_batch) if fits else min(largest, self.micro_batch - 1)
         return Fit(here, strategy.title_for(self.gpus), fits, largest)
 
+    def command(self, fit: Fit, flags: list[str]) -> str:
+        """Return the command that trains so, with flags of launch/train.py: a micro-batch only where it fits."""
+        if not fit.fits:
+            flags = [*flags, "--train.micro_batch_size", str(self.even(fit.largest_micro_batch))]
+        return shlex.join([*launcher(fit.forecast.strategy, self.gpus).split(), "launch/train.py", *flags])
+
     def remedies(self, gpu_bytes: int, strategy: Strategy = STRATEGIES[0]) -> list[str]:
         """Return flags that would make the run fit, cheapest first; each line is enough by itself."""
         found: list[str] = []
         for changes, flags in self._changes():
             planner = self._changed(changes)
-            if flag := planner.flags_for(strategy, gpu_bytes, flags):
-                found.append(flag)
-        for other in STRATEGIES[1:]:
-            start = launcher(other, self.gpus)
-            if flag := self.flags_for(other, gpu_bytes, start):
-                found.append(flag)
+            rows = planner.rows_that_fit(strategy, gpu_bytes)
+            if rows and (changes or rows < self.micro_batch):
+                found.append(f"{flags} {self._micro_batch_flag(rows)}".strip())
+        # ZeRO costs communication, so it must allow more rows than there would be without it.
+        rows_now = self.rows_that_fit(strategy, gpu_bytes)
+        for other in STRATEGIES[STRATEGIES.index(strategy) + 1 :]:
+            if (rows := self.rows_that_fit(other, gpu_bytes)) > rows_now:
+                found.append(f"{launcher(other, self.gpus)} {self._micro_batch_flag(rows)}".strip())
         return found[:MOST_REMEDIES]
 
-    def flags_for(self, strategy: Strategy, gpu_bytes: int, flags: str) -> str | None:
-        """Return `flags`, with a smaller micro-batch where that is needed to fit; None where nothing fits."""
-        fit = self.fit(strategy, gpu_bytes)
-        if fit.fits:
-            return flags or None
-        if fit.largest_micro_batch:
-            return f"{flags} --train.micro_batch_size {fit.largest_micro_batch}".strip()
-        return None
+    def rows_that_fit(self, strategy: Strategy, gpu_bytes: int) -> int:
+        """Return the micro-batch that is asked for where it fits, else the largest that does; 0 where none does."""
+        if self._forecast(self.rehearsal, strategy, self.micro_batch).total <= gpu_bytes:
+            return self.micro_batch
+        return self.even(min(self._largest(strategy, gpu_bytes), self.micro_batch - 1))
+
+    def even(self, rows: int) -> int:
+        """Return the smallest micro-batch that needs no more passes a step than one of `rows` does."""
+        return ceil(self.share / ceil(self.share / rows)) if rows else 0
+
+    def _micro_batch_flag(self, rows: int) -> str:
+        return "" if rows == self.micro_batch else f"--train.micro_batch_size {rows}"
 
     def _changes(self) -> list[tuple[dict[str, Any], str]]:
         """Return changes of the backbone's settings with their flags, from nothing to the most costly."""
@@ -121,19 +117,30 @@ class Planner:
         return Planner(config, self.num_items, self.length, self.gpus)
 
     def _largest(self, strategy: Strategy, gpu_bytes: int) -> int:
-        """Return how many rows fit; memory is a line in them once the loss works in full chunks."""
-        some, twice = self._larger
-        rows = max(self.micro_batch, ceil(LOSS_ROWS / self.length))
-        small = self._forecast(some, strategy, rows).total
-        row = (self._forecast(twice, strategy, rows).total - small) / rows
-        return max(0, int(rows + (gpu_bytes - small) / row))
+        """Return how many rows fit, on a line through two micro-batches.
+
+        The peak is the highest of several moments, each a line in the rows, so that a line through two points lies
+        above what is between them. Past the second one it says a little less than what is needed.
+        """
+        few = min(self.micro_batch, ceil(LOSS_ROWS / self.length))
+        between = few < self.micro_batch and self._bytes(self.micro_batch, strategy) > gpu_bytes
+        low, high = (few, self.micro_batch) if between else (self.micro_batch, 2 * self.micro_batch)
+        start = self._bytes(low, strategy)
+        row = (self._bytes(high, strategy) - start) / (high - low)
+        return max(0, int(low + (gpu_bytes - start) / row))
+
+    def _bytes(self, rows: int, strategy: Strategy) -> int:
+        """Return what a GPU needs for steps of several micro-batches, which is no less than for those of one."""
+        return self._forecast(self._rehearse(rows), strategy, micro_batch=1).total
 
     def _forecast(self, rehearsal: Rehearsal, strategy: Strategy, micro_batch: int) -> Forecast:
         accumulates = micro_batch * self.gpus < self.config.train.batch_size
         return forecast(rehearsal, strategy, self.gpus, self.optimizer, accumulates)
 
     def _rehearse(self, micro_batch: int) -> Rehearsal:
-        return rehearse(self.config, self.num_items, self.length, micro_batch)
+        if micro_batch not in self._rehearsed:
+            self._rehearsed[micro_batch] = rehearse(self.config, self.num_items, self.length, micro_batch)
+        return self._rehearsed[micro_batch]
 
 
 def flags_that_would_fit(

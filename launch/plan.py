@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         sys.exit(f"error: {error}")
     pick = next((fit for fit in fits if fit.fits), None) or next((fit for fit in fits if fit.largest_micro_batch), None)
-    command = None if pick is None else pick.command(settings.gpus, train_flags(argv, pick.fits))
+    command = None if pick is None else planner.command(pick, train_flags(argv, pick.fits))
     if settings.json:
         print(json.dumps(as_json(planner, fits, pick, command), indent=2))
     else:
@@ -84,8 +84,8 @@ def show(planner: Planner, settings: PlanSettings, fits: list[Fit], pick: Fit | 
         f"Forecasts in GiB a GPU, {RESERVED / GiB:g} GiB for CUDA in the total; host: what waits there, for all GPUs;\n"
         "largest: rows of a micro-batch that fit. Evaluation, data and loading the weights are not counted."
     )
-    if planner.note:
-        print(f"Not counted either: {planner.note}.")
+    if size.left_out:
+        print(f"Not counted either: {size.left_out}.")
     if pick is None:
         print(f"Nothing fits, not even one row of {planner.length:,}. What would fit:")
         remedies = planner.remedies(int(settings.gpu_memory * GiB))
@@ -93,7 +93,7 @@ def show(planner: Planner, settings: PlanSettings, fits: list[Fit], pick: Fit | 
             "\n".join(f"  {remedy}" for remedy in remedies) or "  nothing that is known here: a smaller --backbone.name"
         )
         return
-    less = "" if pick.fits else f" with a micro-batch of {pick.largest_micro_batch}"
+    less = "" if pick.fits else f" with a micro-batch of {planner.even(pick.largest_micro_batch)}"
     print(f"Pick {pick.forecast.strategy.title_for(settings.gpus)}{less}:\n  {command}")
 
 

@@ -47,6 +47,7 @@ class Rehearsal:
     peak_bytes: int  # the most that is alive beside weights and accumulated gradients
     peak_with_gradients: int  # the same with gradients, of a step of one micro-batch that starts without any
     logits_bytes: int  # the most that is alive of tensors as wide as the vocabulary or the catalogue
+    left_out: str = ""  # what of the model is not counted, in words
 
     @property
     def weight_bytes(self) -> int:
@@ -77,6 +78,7 @@ def _measure(
     live = LiveBytes(
         [*weights, *(value for value in vars(batch).values() if isinstance(value, Tensor))], skeleton.classes
     )
+    size = _weights(model)  # before bitsandbytes moves its scales
     live.watch_gradients(p for p in model.parameters() if p.requires_grad)
     with mode, as_on(device, autocast), live:
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
@@ -84,11 +86,12 @@ def _measure(
         held = live.now
         total.backward()
     return Rehearsal(
-        **_weights(model),
+        **size,
         activation_bytes=held,
         peak_bytes=live.peak,
         peak_with_gradients=live.peak_with_gradients,
         logits_bytes=live.peak_logits,
+        left_out=skeleton.left_out,
     )
 
 

@@ -26,7 +26,7 @@ class Skeleton:
     model: Recommender
     batch: Callable[[int, int], Any]  # (rows, length) -> a batch whose every position has a label
     classes: int
-    note: str = ""  # what the forecast leaves out
+    left_out: str = ""  # what of the model is missing, in words
 
 
 def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
@@ -37,8 +37,8 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
     backbone = backbone_skeleton(config.backbone)
     if isinstance(config.method, BIGRecConfig):
         return _bigrec(config.method, backbone, num_items)
-    note = f"{config.model}'s own modules beside the backbone are not counted"
-    return Skeleton(NextToken(backbone), prompts, vocabulary(backbone), note)
+    left_out = f"what {config.model} trains beside the backbone"
+    return Skeleton(NextToken(backbone), prompts, vocabulary(backbone), left_out)
 
 
 def _sasrec(config: SASRecConfig, num_items: int) -> Skeleton:
@@ -68,12 +68,12 @@ def _bigrec(config: BIGRecConfig, backbone: Backbone, num_items: int) -> Skeleto
 class BIGRecSkeleton(BIGRec):
     """BIGRec's training pass; what only scoring needs (the titles' trie, the grounding) is left out."""
 
-    def __init__(self, config: BIGRecConfig, backbone: Backbone, num_items: int) -> None:
+    def __init__(self, config: BIGRecConfig, backbone: Backbone, num_items: int, device: str = "meta") -> None:
         nn.Module.__init__(self)
         self.config, self.backbone = config, backbone
         if config.objective == "items":
             width = causal_model(backbone).config.get_text_config().hidden_size
-            with torch.device("meta"):
+            with torch.device(device):
                 self.item_head = ItemHead(torch.empty(num_items + 1, width))
 
 
@@ -101,5 +101,5 @@ def vocabulary(backbone: Backbone) -> int:
 
 def prompts(rows: int, length: int) -> PromptBatch:
     """Return [rows, length] fake tokens with a label at each."""
-    ids = torch.zeros(rows, length, dtype=torch.int64)
+    ids = torch.ones(rows, length, dtype=torch.int64)
     return PromptBatch(ids, ids.clone(), ids.clone(), ids.clone(), count=rows * length)
