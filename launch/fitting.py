@@ -13,6 +13,7 @@ from .rehearsal import Rehearsal, rehearse
 
 LOSS_ROWS = 2 * CHUNK_ROWS  # two chunks of logits are alive at once; up to there memory grows faster with the rows
 MOST_REMEDIES = 6
+FURTHER = 8  # from a micro-batch that fits to the next one tried
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Fit:
     forecast: Forecast
     title: str
     fits: bool
-    largest_micro_batch: int  # 0 where not even one row fits
+    largest_micro_batch: int  # no more than a GPU's share of a step; 0 where not even one row fits
 
 
 def launcher(strategy: Strategy, gpus: int) -> str:
@@ -57,9 +58,9 @@ class Planner:
     def fit(self, strategy: Strategy, gpu_bytes: int) -> Fit:
         """Return one strategy's forecast."""
         here = self._forecast(self.rehearsal, strategy, self.micro_batch)
-        largest = self._largest(strategy, gpu_bytes)
         fits = here.total <= gpu_bytes
-        largest = max(largest, self.micro_batch) if fits else min(largest, self.micro_batch - 1)
+        # `largest` counts gradients as if a step had several micro-batches, which this one may not have
+        largest = max(self.largest(strategy, gpu_bytes), self.micro_batch if fits else 0)
         return Fit(here, strategy.title_for(self.gpus), fits, largest)
 
     def command(self, fit: Fit, flags: list[str]) -> str:
@@ -87,7 +88,7 @@ class Planner:
         """Return the micro-batch that is asked for where it fits, else the largest that does; 0 where none does."""
         if self._forecast(self.rehearsal, strategy, self.micro_batch).total <= gpu_bytes:
             return self.micro_batch
-        return self.even(min(self._largest(strategy, gpu_bytes), self.micro_batch - 1))
+        return self.even(min(self.largest(strategy, gpu_bytes), self.micro_batch - 1))
 
     def even(self, rows: int) -> int:
         """Return the smallest micro-batch that needs no more passes a step than one of `rows` does."""
@@ -116,18 +117,41 @@ class Planner:
         config = replace(self.config, backbone=replace(self.config.backbone, **changes))
         return Planner(config, self.num_items, self.length, self.gpus)
 
-    def _largest(self, strategy: Strategy, gpu_bytes: int) -> int:
-        """Return how many rows fit, on a line through two micro-batches.
+    def largest(self, strategy: Strategy, gpu_bytes: int, refinements: int = 0) -> int:
+        """Return how many rows of a step's share fit, or a few less; each refinement costs a rehearsal and comes nearer.
 
-        The peak is the highest of several moments, each a line in the rows, so that a line through two points lies
-        above what is between them. Past the second one it says a little less than what is needed.
+        The peak is the highest of several moments, each a line in the rows. So a line through one number of rows that
+        fits and one that does not lies above what is between them, and what it promises is kept.
         """
-        few = min(self.micro_batch, ceil(LOSS_ROWS / self.length))
-        between = few < self.micro_batch and self._bytes(self.micro_batch, strategy) > gpu_bytes
-        low, high = (few, self.micro_batch) if between else (self.micro_batch, 2 * self.micro_batch)
-        start = self._bytes(low, strategy)
-        row = (self._bytes(high, strategy) - start) / (high - low)
-        return max(0, int(low + (gpu_bytes - start) / row))
+        fits, fits_not = self._bracket(strategy, gpu_bytes)
+        for _ in range(refinements + 1):
+            if fits_not - fits <= 1 or not fits:
+                break
+            start, end = self._bytes(fits, strategy), self._bytes(fits_not, strategy)
+            better = fits + int((gpu_bytes - start) / (end - start) * (fits_not - fits))
+            if better == fits:
+                break
+            fits = better
+        return fits
+
+    def _bracket(self, strategy: Strategy, gpu_bytes: int) -> tuple[int, int]:
+        """Return rows that fit and rows that do not; the former are exact where few do."""
+        fits, fits_not = 0, self.micro_batch
+        while self._bytes(fits_not, strategy) <= gpu_bytes:
+            if fits_not == self.share:
+                return self.share, self.share + 1
+            fits, fits_not = fits_not, min(FURTHER * fits_not, self.share)
+        # Where the loss has less than full chunks, more rows also mean more logits: no line, but few to try.
+        few = ceil(LOSS_ROWS / self.length)
+        if not fits and few < fits_not:
+            fits, fits_not = (few, fits_not) if self._bytes(few, strategy) <= gpu_bytes else (0, few)
+        while fits < few and fits_not - fits > 1:
+            middle = (fits + fits_not) // 2
+            if self._bytes(middle, strategy) <= gpu_bytes:
+                fits = middle
+            else:
+                fits_not = middle
+        return fits, fits_not
 
     def _bytes(self, rows: int, strategy: Strategy) -> int:
         """Return what a GPU needs for steps of several micro-batches, which is no less than for those of one."""
