@@ -118,7 +118,7 @@ class Planner:
         return Planner(config, self.num_items, self.length, self.gpus)
 
     def largest(self, strategy: Strategy, gpu_bytes: int, refinements: int = 0) -> int:
-        """Return how many rows of a step's share fit, or a few less; each refinement costs a rehearsal and comes nearer.
+        """Return how many rows of a step's share fit, or a few less; each refinement rehearses once more.
 
         The peak is the highest of several moments, each a line in the rows. So a line through one number of rows that
         fits and one that does not lies above what is between them, and what it promises is kept.

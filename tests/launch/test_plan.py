@@ -149,6 +149,7 @@ def test_weights_are_those_of_the_loaded_backbone(quantization: str, folders: di
     assert {name: kind for name, kind in skeleton.items() if kind[0]} == trained
 
 
+@pytest.mark.slow
 def test_an_8b_base_in_four_bits() -> None:
     config = parse(f"--backbone.name {SHAPES / 'llama-3.1-8b'} --backbone.quantization 4bit".split())
     seen = rehearse(config, ITEMS, 16, 1)
@@ -237,6 +238,7 @@ def total(flags: str, gpus: int = 1, length: int = 512) -> int:
     return planner.fit(BY_NAME["ddp"], GiB).forecast.total
 
 
+@pytest.mark.slow
 def test_flags_for_a_run_out_of_memory_fit_and_are_the_least() -> None:
     whole, half, checkpointed = (total(f"{SMALL} {more}") for more in ("", "--train.micro_batch_size 32", CHECKPOINTED))
     assert checkpointed < half < whole
@@ -247,6 +249,7 @@ def test_flags_for_a_run_out_of_memory_fit_and_are_the_least() -> None:
     assert flags_that_would_fit(parse(SMALL.split()), ITEMS, 512, 1, RESERVED) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [20, 80])
 def test_the_largest_micro_batch_fits_and_few_more_would(rows: int) -> None:
     room = total(f"{SMALL} --train.batch_size 128 --train.micro_batch_size {rows}")
