@@ -57,7 +57,7 @@ class Rehearsal:
 def rehearse(config: RunConfig, num_items: int, length: int, micro_batch: int, device: Device = "cuda") -> Rehearsal:
     """Run forward and backward of `micro_batch` rows of `length` tokens (or events), every one with a label.
 
-    `device` decides about kernels and, with --train.precision auto, the autocast type. Raises ValueError, naming the
+    `device` decides which kernels are imitated; --train.precision auto is bf16 on both. Raises ValueError, naming the
     flag, for a backbone whose config.json cannot be read.
     """
     skeleton = make_skeleton(config, num_items)
