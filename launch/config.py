@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import yaml
@@ -19,6 +19,7 @@ from .parser import SettingsParser, closest
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_MODEL = "bigrec"
+Own = TypeVar("Own")
 
 
 @dataclass
@@ -33,6 +34,11 @@ class RunConfig:
     evaluation: EvaluationConfig
     output: Path
     resume: str
+
+
+@dataclass
+class NoSettings:
+    """What a command has beside the settings of a run, when it has nothing."""
 
 
 def build_parser(model: str) -> SettingsParser:
@@ -64,6 +70,11 @@ def build_parser(model: str) -> SettingsParser:
 
 def parse(argv: list[str]) -> RunConfig:
     """Return the configuration of a command line; on a mistake, print what is wrong and how to mend it, and exit."""
+    return parse_with(NoSettings, argv)[0]
+
+
+def parse_with(own: type[Own], argv: list[str]) -> tuple[RunConfig, Own]:
+    """Do what `parse` does for a command that has flags of its own: the fields of the dataclass `own`."""
     # The `deepspeed` launcher puts --local_rank=N first, and the same into $LOCAL_RANK, which is what is read.
     paths, flags = _without_files([word for word in argv if not word.startswith("--local_rank=")])
     files = {path: _read_yaml(path) for path in paths}
@@ -76,12 +87,13 @@ def parse(argv: list[str]) -> RunConfig:
     if not files and (recipe := _default_recipe(flags, model)):
         files = {str(recipe): _read_yaml(recipe)}
     parser = build_parser(model)
+    parser.add_settings(own)
     for path, settings in files.items():
         _require_known(path, settings, parser)
     # Files first: flags win wherever they stand.
     values = parser.read([*(f"--recipe={path}" for path in files), *flags])
     _require_measured(values.train.metric, values.evaluation.cutoffs)
-    return RunConfig(
+    config = RunConfig(
         model=model,
         data=values.data,
         method=values.method,
@@ -91,6 +103,10 @@ def parse(argv: list[str]) -> RunConfig:
         output=values.output or Path("runs") / f"{Path(values.data.source).name}-{model}",
         resume=values.resume,
     )
+    try:
+        return config, own(**{name: values[name] for name in get_type_hints(own)})
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def dump(config: RunConfig) -> dict[str, Any]:

@@ -112,8 +112,11 @@ def load_backbone(
     model = _load_base(config, tokenizer, seed, torch.device(device), trainable)
     if not trainable:
         return model.requires_grad_(False).eval()
-    if not config.uses_lora:
-        return model.train()
+    return with_lora(model, config, seed) if config.uses_lora else model.train()
+
+
+def with_lora(model: PreTrainedModel, config: BackboneConfig, seed: int) -> Backbone:
+    """The model with a fresh adapter, ready to be trained; all else in it is frozen."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -226,18 +229,18 @@ def _load_base(
 
 
 def _load_pretrained(config: BackboneConfig, dtype: str) -> PreTrainedModel:
-    _require_folder_or_hub_id(config.name)
+    require_folder_or_hub_id(config.name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.name,
             dtype=dtype,
             attn_implementation=config.attention,
-            quantization_config=_quantization(config),
+            quantization_config=quantization(config),
             trust_remote_code=False,
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise _cannot_load(config.name, "model", error) from error
+        raise cannot_load(config.name, "model", error) from error
     if config.quantization == "4bit":
         _keep_differentiable(model)
     return model
@@ -253,7 +256,8 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(config: BackboneConfig) -> BitsAndBytesConfig | None:
+def quantization(config: BackboneConfig) -> BitsAndBytesConfig | None:
+    """How the base is stored; None for as it is."""
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     if config.quantization == "4bit":
@@ -269,18 +273,18 @@ def _quantization(config: BackboneConfig) -> BitsAndBytesConfig | None:
 
 def load_saved_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub id, left-padding and with a pad token."""
-    _require_folder_or_hub_id(name)
+    require_folder_or_hub_id(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise _cannot_load(name, "tokenizer", error) from error
+        raise cannot_load(name, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return cast(PreTrainedTokenizerFast, tokenizer)
 
 
-def _require_folder_or_hub_id(name: str) -> None:
+def require_folder_or_hub_id(name: str) -> None:
     """Stop before a mistyped path is looked up on the hub."""
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if looks_like_path and not Path(name).is_dir():
@@ -290,7 +294,8 @@ def _require_folder_or_hub_id(name: str) -> None:
         )
 
 
-def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
+def cannot_load(name: str, what: str, error: Exception) -> ValueError:
+    """The error for a backbone whose `what` could not be read."""
     where = "this folder" if Path(name).is_dir() else "the Hugging Face hub (is it reachable, and the id right?)"
     return ValueError(
         f"--backbone.name {name}: no {what} could be loaded from {where}; expected config.json, "

@@ -89,8 +89,18 @@ def train_tiny_tokenizer(config: TinyConfig, training_text: Iterable[str]) -> Pr
 
 def build_tiny(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A float32 Llama on the CPU, embeddings tied; the same seed gives the same weights on every process."""
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
+    llama = llama_config(config, len(tokenizer))
+    llama.pad_token_id, llama.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    llama.eos_token_id = tokenizer.eos_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(llama)
+
+
+def llama_config(config: TinyConfig, vocab_size: int) -> LlamaConfig:
+    """The shape of the Llama that `build_tiny` makes for a vocabulary of this size."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=math.ceil(config.hidden_size * 8 / 3 / 32) * 32,  # SwiGLU's 8/3, in steps of one vector
         num_hidden_layers=config.layers,
@@ -98,10 +108,4 @@ def build_tiny(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, seed: int
         num_key_value_heads=config.heads,
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(llama)

@@ -1,0 +1,105 @@
+"""Models without weights, one function a method: what launch/plan.py needs to know beside launch/methods.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import PromptBatch, SequenceBatch
+from models import losses
+from models.backbone import Backbone, causal_model
+from models.base import Loss, Recommender
+from models.bigrec import BIGRec, BIGRecConfig, ItemHead
+from models.decoder import decoder_of
+from models.sasrec import SASRec, SASRecConfig
+from models.skeleton import backbone_skeleton
+
+from .config import RunConfig
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device, its training batch, and how wide its logits are."""
+
+    model: Recommender
+    batch: Callable[[int, int], Any]  # (rows, length) -> a batch whose every position has a label
+    classes: int
+    left_out: str = ""  # what of the model is missing, in words
+
+
+def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
+    """Return the model that `config` names, for a catalogue of `num_items`."""
+    if isinstance(config.method, SASRecConfig):
+        return _sasrec(config.method, num_items)
+    assert config.backbone is not None
+    backbone = backbone_skeleton(config.backbone)
+    if isinstance(config.method, BIGRecConfig):
+        return _bigrec(config.method, backbone, num_items)
+    left_out = f"what {config.model} trains beside the backbone"
+    return Skeleton(NextToken(backbone), prompts, vocabulary(backbone), left_out)
+
+
+def _sasrec(config: SASRecConfig, num_items: int) -> Skeleton:
+    with torch.device("meta"):
+        model = SASRec(config, num_items).train()
+
+    def batch(rows: int, length: int) -> SequenceBatch:
+        sampled = config.loss != "cross-entropy"
+        return SequenceBatch(
+            items=torch.zeros(rows, length, dtype=torch.int64),
+            lengths=torch.zeros(rows, dtype=torch.int64),
+            labelled=torch.zeros(rows * length, dtype=torch.int64),
+            targets=torch.ones(rows * length, dtype=torch.int64),
+            negatives=torch.zeros(rows, config.num_negatives, dtype=torch.int64) if sampled else None,
+            count=rows * length,
+        )
+
+    return Skeleton(model, batch, num_items if config.loss == "cross-entropy" else config.num_negatives)
+
+
+def _bigrec(config: BIGRecConfig, backbone: Backbone, num_items: int) -> Skeleton:
+    model = BIGRecSkeleton(config, backbone, num_items).train()
+    classes = num_items if config.objective == "items" else vocabulary(backbone)
+    return Skeleton(model, prompts, classes)
+
+
+class BIGRecSkeleton(BIGRec):
+    """BIGRec's training pass; what only scoring needs (the titles' trie, the grounding) is left out."""
+
+    def __init__(self, config: BIGRecConfig, backbone: Backbone, num_items: int, device: str = "meta") -> None:
+        nn.Module.__init__(self)
+        self.config, self.backbone = config, backbone
+        if config.objective == "items":
+            width = causal_model(backbone).config.get_text_config().hidden_size
+            with torch.device(device):
+                self.item_head = ItemHead(torch.empty(num_items + 1, width))
+
+
+class NextToken(Recommender):
+    """A backbone that predicts the next token at every position."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
+        assert batch.labels is not None
+        decoder = decoder_of(self.backbone)
+        states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        total = losses.full_cross_entropy(states.flatten(0, 1), decoder.weight, batch.labels.flatten())
+        return Loss(total, batch.count)
+
+    def scores(self, batch: PromptBatch) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError("a skeleton is only trained")
+
+
+def vocabulary(backbone: Backbone) -> int:
+    return causal_model(backbone).config.get_text_config().vocab_size
+
+
+def prompts(rows: int, length: int) -> PromptBatch:
+    """Return [rows, length] fake tokens with a label at each."""
+    ids = torch.ones(rows, length, dtype=torch.int64)
+    return PromptBatch(ids, ids.clone(), ids.clone(), ids.clone(), count=rows * length)
