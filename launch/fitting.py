@@ -11,7 +11,7 @@ from .config import RunConfig
 from .memory import STRATEGIES, Forecast, Strategy, forecast
 from .rehearsal import Rehearsal, rehearse
 
-LOSS_ROWS = 2 * CHUNK_ROWS  # two chunks of logits are alive at once; up to there memory grows faster with the rows
+LOSS_ROWS = CHUNK_ROWS  # one chunk of logits is alive at a time; up to there memory grows faster with the rows
 MOST_REMEDIES = 6
 FURTHER = 8  # from a micro-batch that fits to the next one tried
 

@@ -58,6 +58,7 @@ wait_for_host_0() {
 
 # launch/train.py compares this with the number of processes that joined: hosts that train alone are refused.
 export SHARDREC_WORLD_SIZE=$((NUM_NODES * PROCESSES_PER_NODE))
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}   # on SIGTERM: time to save, not 30 s
 echo "launch/multinode.sh: host $NODE_RANK of $NUM_NODES at $MASTER_ADDR port $MASTER_PORT. All have $JOIN_SECONDS s" \
     "to join; if fewer do, check that every host runs this script, each with a NODE_RANK of its own and with the same" \
     "NUM_NODES, MASTER_ADDR and MASTER_PORT; JOIN_SECONDS waits longer" >&2

@@ -29,6 +29,7 @@ MAY_DIFFER = (
     "train.trackers",
     "train.epochs",
     "train.max_steps",
+    "train.patience",
     "train.save_every_steps",
     "train.keep_checkpoints",
     "train.log_every_steps",
@@ -57,7 +58,7 @@ class RunFolder:
         if not self.results_file.is_file():
             return False
         trained = yaml.safe_load(self.config_file.read_text())["train"]
-        return all(trained[name] == getattr(config.train, name) for name in ("epochs", "max_steps"))
+        return all(trained[name] == getattr(config.train, name) for name in ("epochs", "max_steps", "patience"))
 
     def begin(self, config: RunConfig, runtime: Runtime) -> None:
         """Make the folder and write what the run is and where it runs; refuse a folder of a different run."""

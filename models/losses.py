@@ -26,21 +26,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.zeros_like(table_NH, dtype=total.dtype) if table_NH.requires_grad else None
         for start in range(0, len(hidden_TH), chunk_rows):
             hidden, target = hidden_TH[start : start + chunk_rows], target_T[start : start + chunk_rows, None]
-            logits = (hidden @ table_NH.T).to(total.dtype)
-            largest = logits.amax(dim=1, keepdim=True)
-            positive = logits.gather(1, target) - largest
-            exponentials = logits.sub_(largest).exp_()  # one exponential an entry serves the loss and the gradient
-            normaliser = exponentials.sum(dim=1, keepdim=True)
-            total += (normaliser.log() - positive).sum()
-            if grad_hidden is None and grad_table is None:
-                continue
-            softmax = exponentials.div_(normaliser)
-            softmax.scatter_add_(1, target, torch.full_like(normaliser, -1))
-            grad = softmax.to(hidden.dtype)
+            loss, grad = _loss_and_gradient(hidden, table_NH, target, total.dtype)
+            total += loss
             if grad_hidden is not None:
                 torch.mm(grad, table_NH, out=grad_hidden[start : start + chunk_rows])
             if grad_table is not None:
                 grad_table += grad.T @ hidden
+            del grad  # or the next chunk's logits would be made beside it
         ctx.save_for_backward(grad_hidden, None if grad_table is None else grad_table.to(table_NH.dtype))
         return total
 
@@ -48,6 +40,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grads = (grad if grad is None else grad * grad_total for grad in ctx.saved_tensors)
         return *grads, None, None
+
+
+def _loss_and_gradient(
+    hidden_CH: Tensor, table_NH: Tensor, target_C1: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's summed loss, and the gradient of its logits [C, N] in the type of `hidden_CH`."""
+    logits = (hidden_CH @ table_NH.T).to(dtype)
+    largest = logits.amax(dim=1, keepdim=True)
+    positive = logits.gather(1, target_C1) - largest
+    exponentials = logits.sub_(largest).exp_()  # one exponential an entry serves the loss and the gradient
+    normaliser = exponentials.sum(dim=1, keepdim=True)
+    loss = (normaliser.log() - positive).sum()
+    softmax = exponentials.div_(normaliser)
+    softmax.scatter_add_(1, target_C1, torch.full_like(normaliser, -1))
+    return loss, softmax.to(hidden_CH.dtype)
 
 
 def full_cross_entropy(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
