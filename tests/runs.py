@@ -82,8 +82,12 @@ def start_ranks(
     before: Callable[[int], None] | None = None,
     script: str = "train",
     only: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> list[Run]:
-    """Start the processes of one run (or only one of them) with the environment of a launcher, one core each."""
+    """Start the processes of one run (or only one of them) with the environment of a launcher, one core each.
+
+    `environment` is added to it.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -94,7 +98,8 @@ def start_ranks(
             output=output,
             before=None if before is None else _BeforeRank(before, rank),
             script=script,
-            environment={name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            environment={name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            | (environment or {}),
         )
         for rank in (range(processes) if only is None else [only])
     ]

@@ -1,0 +1,137 @@
+"""Every strategy trains, saves, resumes and evaluates like one process. `make grid` walks all cells; these are some.
+
+Every row and every column of the grid has one here.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.grid import ROWS, STRATEGIES, bound, configuration, loss_difference, save_small_backbone, settings
+from tests.runs import ROOT, Run, results, run, start_ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
+CELLS = [
+    ("sasrec float32", "zero1"),
+    ("sasrec bf16", "zero2_offload"),
+    ("bigrec float32", "zero3"),
+    ("bigrec bf16, checkpointing", "zero3_offload"),
+    ("bigrec LoRA float32", "ddp"),
+    ("bigrec LoRA 4-bit", "zero3"),
+    ("bigrec LoRA 8-bit", "zero2"),
+]
+STEPS = 8
+SHORT = ["--train.log_every_steps=1", "--train.save_every_steps=4", "--train.schedule=constant"]
+
+
+def test_every_row_and_column_has_a_cell() -> None:
+    rows, strategies = zip(*CELLS, strict=True)
+    assert set(rows) == set(ROWS)
+    assert {*strategies, "one"} == set(STRATEGIES)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def environment(strategy: str, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` would set for a strategy's configuration."""
+    if strategy in ("one", "ddp"):
+        return {}
+    changed = configuration(strategy, folder)  # writes the DeepSpeed file beside it where one is changed
+    deepspeed = folder / f"{strategy}.json"
+    file = deepspeed if changed.parent == folder else ROOT / "ds_configs" / f"{strategy}.json"
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+
+
+def finish(ranks: list[Run]) -> None:
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [0] * len(ranks), ranks[0].text()[-3000:] + ranks[-1].text()[-3000:]
+
+
+@pytest.mark.parametrize(("row", "strategy"), CELLS, ids=[f"{row}, {strategy}" for row, strategy in CELLS])
+def test_a_strategy_trains_like_one_process_and_resumes(
+    backbone: Path, tmp_path: Path, row: str, strategy: str
+) -> None:
+    flags = [*settings(row, backbone), *SHORT]
+    one = run(*flags, f"--train.max_steps={STEPS}", output=tmp_path / "one")
+    assert one.process.exitcode == 0, one.text()
+    for steps in (STEPS // 2, STEPS):
+        ranks = start_ranks(
+            *flags,
+            f"--train.max_steps={steps}",
+            output=tmp_path / "two",
+            environment=environment(strategy, tmp_path),
+        )
+        finish(ranks)
+    assert "resuming" in ranks[0].text()
+    assert loss_difference(tmp_path / "two", tmp_path / "one") <= bound(row)
+    if "float32" in row:
+        ours, theirs = results(tmp_path / "two"), results(tmp_path / "one")
+        assert ours["test"]["NDCG@10"] == pytest.approx(theirs["test"]["NDCG@10"], abs=0.005)
+        assert ours["parameters"] == theirs["parameters"]
+
+
+def test_a_run_goes_from_strategy_to_strategy(tmp_path: Path) -> None:
+    """Checkpoints hold whole tensors: two steps each under another stage, with DDP, and alone."""
+    row, chain = "sasrec float32", ("zero3", "zero1", "one", "zero3_offload", "ddp", "zero2")
+    flags = [*settings(row, tmp_path), *SHORT]
+    whole = run(*flags, f"--train.max_steps={2 * len(chain)}", output=tmp_path / "whole")
+    assert whole.process.exitcode == 0, whole.text()
+    for i, strategy in enumerate(chain, start=1):
+        ranks = start_ranks(
+            *flags,
+            f"--train.max_steps={2 * i}",
+            output=tmp_path / "run",
+            processes=1 if strategy == "one" else 2,
+            environment=environment(strategy, tmp_path),
+        )
+        finish(ranks)
+    assert loss_difference(tmp_path / "run", tmp_path / "whole") <= bound(row)
+
+
+def test_weights_are_really_spread(tmp_path: Path) -> None:
+    """ZeRO-3 leaves each of two processes half of every weight, and nothing frozen among what it saves."""
+    ranks = start_ranks(
+        *settings("bigrec float32", tmp_path),
+        "--train.max_steps=1",
+        output=tmp_path / "run",
+        before=_print_bytes,
+        environment=environment("zero3", tmp_path),
+    )
+    finish(ranks)
+    for rank in ranks:
+        (line,) = [line for line in rank.text().splitlines() if line.startswith("own and whole: ")]
+        own, whole = map(int, line.removeprefix("own and whole: ").split())
+        assert whole / 2 <= own <= whole / 2 + 100, "padding is a few numbers a parameter at most"
+
+
+def _print_bytes(rank: int) -> None:
+    from trainers.loop import Trainer
+
+    train = Trainer.train
+
+    def print_and_train(self):
+        parameters = list(self.runtime.unwrap(self.model).parameters())
+        own = sum(p.ds_tensor.numel() for p in parameters)
+        print("own and whole:", own, sum(p.ds_numel for p in parameters), flush=True)
+        assert all(p.numel() == 0 for p in parameters), "no whole weight stays between steps"
+        return train(self)
+
+    Trainer.train = print_and_train  # type: ignore[method-assign]
+
+
+def test_another_accumulation_in_the_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}')
+    ranks = start_ranks(
+        *settings("sasrec float32", tmp_path),
+        output=tmp_path / "run",
+        environment={"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)},
+    )
+    assert all(rank.wait() for rank in ranks)
+    assert "gradient_accumulation_steps 4" in ranks[0].text()
+    assert "--train.micro_batch_size" in ranks[0].text()
+    assert os.listdir(tmp_path / "run") == [".lock"] or not (tmp_path / "run" / "checkpoints").exists()
