@@ -62,8 +62,11 @@ class RunFolder:
 
     def begin(self, config: RunConfig, runtime: Runtime) -> None:
         """Make the folder and write what the run is and where it runs; refuse a folder of a different run."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
+        except OSError as error:
+            sys.exit(f"error: --output {self.path} cannot be written: {error.strerror}")
         if config.resume != "never":
             self.require_same(config)
         self.results_file.unlink(missing_ok=True)  # of the training that is now repeated or prolonged

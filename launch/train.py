@@ -28,6 +28,7 @@ from evaluation.results import Evaluation, write_ranks
 from launch.config import RunConfig, dump, parse
 from launch.loading import load_model, read_and_split
 from launch.methods import METHODS, Built, Setting
+from launch.out_of_memory import explain, is_out_of_memory
 from launch.run_folder import RunFolder
 from launch.show import example_recommendations, show_results
 from models.backbone import describe
@@ -119,9 +120,15 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
         raise SystemExit(f"error: {error}" if runtime.is_main else 1) from error
     clock.first_batch = time.perf_counter()
     logger.info("ready for the first batch after %.1f s", clock.first_batch - clock.started)
-    with trainer.tracking:
-        trainer.train()
-    finish(config, built, trainer, parts, interactions.catalog, folder, clock)
+    try:
+        with trainer.tracking:
+            trainer.train()
+        finish(config, built, trainer, parts, interactions.catalog, folder, clock)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = int(trainer.loader.examples.lengths.max())
+        raise SystemExit(f"error: {explain(error, config, runtime, parts.num_items, longest)}") from error
     if runtime.is_main:
         show_results(folder)
     runtime.close()

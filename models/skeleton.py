@@ -40,7 +40,7 @@ def backbone_skeleton(config: BackboneConfig) -> Backbone:
         setattr(model, f"is_loaded_in_{config.quantization}", True)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return with_lora(model, config, seed=0) if config.uses_lora else model.train()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data.loaders import Share
 
+from .checkpoint import CannotSave
 from .state import TrainingState, optimizer_state_of, weights_of
 from .watchdog import collective_timeout, join
 from .zero import Zero
@@ -89,6 +90,11 @@ class Runtime:
         if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ:  # started by a launcher
             self._use_all_cores()
             _end_with_launcher()
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy as launch/accelerate/ names its files."""
+        return self.zero.name if self.zero is not None else "ddp"
 
     @property
     def strategy(self) -> str:
@@ -185,7 +191,7 @@ class Runtime:
         if error is not None:
             raise error
         if failed:
-            raise OSError("the main process could not write; its own message says what and why")
+            raise CannotSave("the main process could not write; its own message says what and why")
 
     def close(self) -> None:
         """Finish trackers and leave the process group."""

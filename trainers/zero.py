@@ -31,6 +31,12 @@ class Zero:
                 "--train.precision bf16 or fp32, or use launch/accelerate/ddp.yaml"
             )
 
+    @property
+    def name(self) -> str:
+        """As ds_configs/ names its files: zero1, zero2, zero2_offload, zero3, zero3_offload."""
+        offload = self.config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        return f"zero{self.stage}{'_offload' if offload else ''}"
+
     def configure(self, micro_batch_size: int, num_processes: int, max_grad_norm: float) -> None:
         """Fill in what the loop decides; raise ValueError where the configuration asks for something else."""
         owned: Owned = {

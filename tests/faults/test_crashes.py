@@ -52,6 +52,20 @@ def test_killed_and_started_again(undisturbed: Path, tmp_path: Path, moment: At)
     assert_same_run(again.folder, undisturbed)
 
 
+@pytest.mark.slow
+def test_killed_at_twenty_random_steps(undisturbed: Path, tmp_path: Path) -> None:
+    """Every one of twenty runs that lost a step to kill -9 ends with the bits of the run that lost none."""
+    random = np.random.default_rng()
+    for step in random.integers(1, 19, size=20):
+        moment = At(TRAINER, "Trainer._train_step", int(step))
+        killed = run(*SMALL, output=tmp_path / "run", before=moment)
+        assert killed.process.exitcode == -signal.SIGKILL
+        again = run(*SMALL, output=tmp_path / "run")
+        assert again.process.exitcode == 0, again.text()
+        assert_same_run(again.folder, undisturbed)
+        shutil.rmtree(tmp_path / "run")
+
+
 def test_killed_again_and_again_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
     random = np.random.default_rng()
     for seconds in random.uniform(0.3, 1.2, size=4):
