@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast lint format offline clean
+.PHONY: help venv quickstart test test-fast grid lint format offline clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ test: $(INSTALLED) offline  ## run every test
 
 test-fast: $(INSTALLED)  ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
+
+grid: $(INSTALLED)  ## run every method under every strategy (half an hour), and write the table of docs/scaling.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/grid.py
 
 lint: $(INSTALLED)  ## check style and types, change nothing
 	$(BIN)/ruff check .

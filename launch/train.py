@@ -196,10 +196,11 @@ def make_trainer(
     def validate() -> dict[str, float]:
         return evaluate(config, built, prepared, parts, "valid", runtime).metrics
 
+    own = checkpoint is not None and checkpoint.resolve() == checkpoints.at(progress.step).resolve()
     return Trainer(
         *(runtime, prepared, optimizer, loader, validate, tracking),
         *(checkpoints, progress, train, folder.path, stop),
-        saved_step=progress.step if checkpoint == checkpoints.at(progress.step) else None,
+        saved_step=progress.step if own else None,
     )
 
 
