@@ -53,7 +53,7 @@ class TrainingLoader:
         micro_batch_size: int | None,
         share: Share,
         seed: int,
-        group_by_length: LengthGroups = "step",
+        group_by_length: LengthGroups = "epoch",
     ) -> None:
         if len(examples.lengths) == 0:
             raise ValueError("there is nothing to train on: the training part of the split is empty (--data.*)")

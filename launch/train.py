@@ -7,30 +7,25 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
 
-import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.logging import RichHandler
 
-from data.interactions import Catalog, Interactions
-from data.loaders import EvaluationLoader, TrainingLoader
-from data.splits import Phase, Split
-from evaluation.evaluator import Evaluator, evaluate_popularity
-from evaluation.protocols import NotEnoughItems, Protocol, draw_candidates
-from evaluation.results import Evaluation, write_ranks
+from data.interactions import Interactions
+from data.loaders import TrainingLoader
+from data.splits import Split
+from evaluation.protocols import NotEnoughItems, draw_candidates
 from launch.config import RunConfig, dump, parse
 from launch.loading import load_model, read_and_split
+from launch.measuring import Clock, evaluate, finish
 from launch.methods import METHODS, Built, Setting
 from launch.out_of_memory import explain, is_out_of_memory
 from launch.run_folder import RunFolder
-from launch.show import example_recommendations, show_results
+from launch.show import show_results
 from models.backbone import describe
 from trainers.checkpoint import (
     CannotSave,
@@ -38,35 +33,15 @@ from trainers.checkpoint import (
     CorruptCheckpoint,
     restore_optimizer,
     restore_weights,
-    restore_weights_of_main,
 )
 from trainers.loop import NonFiniteLoss, Trainer
 from trainers.optimizer import build_optimizer
 from trainers.progress import Progress
 from trainers.runtime import Runtime, leave
 from trainers.signals import Interrupted, Stop
-from trainers.state import weights_of
 from trainers.tracking import Tracking
 
 logger = logging.getLogger("shardrec")
-PHASES: tuple[Phase, Phase] = ("valid", "test")
-
-
-@dataclass
-class Clock:
-    """When this start of a run began, and when its first batch was ready."""
-
-    started: float
-    first_batch: float = 0.0
-
-    def timing(self, progress: Progress, test: Evaluation) -> dict[str, float]:
-        """Return seconds: until the first batch, training over all starts, this start in all, one evaluation."""
-        return {
-            "start_seconds": round(self.first_batch - self.started, 2),
-            "train_seconds": round(progress.seconds, 2),
-            "total_seconds": round(time.perf_counter() - self.started, 2),
-            "evaluation_seconds": test.header["seconds"],
-        }
 
 
 def main(argv: list[str]) -> int:
@@ -211,70 +186,6 @@ def find_checkpoint(config: RunConfig, checkpoints: Checkpoints) -> Path | None:
     if config.resume == "auto":
         return checkpoints.latest()
     return Path(config.resume)
-
-
-def finish(
-    config: RunConfig, built: Built, trainer: Trainer, parts: Split, catalog: Catalog, folder: RunFolder, clock: Clock
-) -> None:
-    """Measure the best checkpoint on validation and test, beside popularity; write the model and its results."""
-    runtime = trainer.runtime
-    model = runtime.unwrap(trainer.model)
-    if (best_step := trainer.progress.best_step) is not None:
-        restore_weights_of_main(trainer.checkpoints.at(best_step), model, runtime.is_main)
-    if built.calibrate is not None:
-        batches = evaluation_batches(config, built, parts, "valid", runtime)
-        built.calibrate(trainer.model, batches, parts.target_items("valid"))
-    valid, test = (
-        evaluate(config, built, trainer.model, parts, phase, runtime, config.evaluation.protocol) for phase in PHASES
-    )
-    popularity = evaluate_popularity(parts, "test", **evaluator_options(config, config.evaluation.protocol))
-    weights, size = weights_of(model), describe(model)
-    if not runtime.is_main:
-        return
-    folder.save_model(config, weights, catalog, built.tokenizer)
-    for evaluation in (valid, test):
-        write_ranks(evaluation, folder.ranks(evaluation.header["phase"]))
-    results = {
-        "model": config.model,
-        "dataset": parts.name,
-        "split": {"kind": parts.kind, "hash": parts.hash, "users": parts.num_users, "items": parts.num_items},
-        "header": test.header,
-        "valid": valid.as_results(),
-        "test": test.as_results(),
-        "popularity": popularity.as_results(),
-        "examples": example_recommendations(test, parts, catalog),
-        "parameters": {"total": size["parameters"], "trainable": size["trainable_parameters"]},
-        "training": {"steps": trainer.progress.step, "best_step": trainer.progress.best_step},
-        "timing": clock.timing(trainer.progress, test),
-    }
-    folder.write_results(results)
-
-
-def evaluate(
-    config: RunConfig,
-    built: Built,
-    model: torch.nn.Module,
-    parts: Split,
-    phase: Phase,
-    runtime: Runtime,
-    protocol: Protocol = "full",
-) -> Evaluation:
-    """Rank every target of a phase; models are always selected by the full catalogue."""
-    evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol))
-    runtime.watchdog.arrive(f"the evaluation on {phase} targets")
-    return evaluator.run(model, evaluation_batches(config, built, parts, phase, runtime))
-
-
-def evaluator_options(config: RunConfig, protocol: Protocol) -> dict[str, Any]:
-    """Return the evaluator's settings under a protocol."""
-    return vars(config.evaluation) | {"protocol": protocol}
-
-
-def evaluation_batches(config: RunConfig, built: Built, parts: Split, phase: Phase, runtime: Runtime) -> Iterator[Any]:
-    """Yield this process's batches of a phase."""
-    examples = built.evaluation(parts, phase)
-    loader = EvaluationLoader(examples, config.train.eval_batch_size, runtime.share, runtime.device)
-    return runtime.watchdog.each(loader)
 
 
 def set_up_logging(runtime: Runtime) -> None:

@@ -46,10 +46,10 @@ class TrainConfig:
     """Autocast type; auto takes bf16 where the hardware multiplies it faster (CUDA, or a CPU with bf16 units)."""
     seed: int = 42
     """Seed of weights, order, dropout and negatives."""
-    group_by_length: LengthGroups = "step"
-    """What holds examples of similar length, so that little padding is computed: the micro-batches of a step, whose
-    examples are drawn at random (set micro_batch_size well below batch_size), or whole steps of an epoch, which pads
-    least and trains SASRec at half the pace."""
+    group_by_length: LengthGroups = "epoch"
+    """What holds examples of similar length, so that little padding is computed: whole steps of an epoch, which pads
+    least, or the micro-batches of a step whose examples are drawn at random (set micro_batch_size well below
+    batch_size), which trains SASRec on MovieLens 1M in half the steps."""
     eval_every_epochs: int = 1
     """Evaluate on validation users every so many epochs (and at the end)."""
     eval_every_steps: int | None = None

@@ -113,7 +113,7 @@ def test_an_older_checkpoint_can_be_gone_back_to(undisturbed: Path, tmp_path: Pa
 
 def test_a_best_checkpoint_that_is_gone_is_looked_for_anew(tmp_path: Path) -> None:
     """HR@10 is .594, .583 and .594 again: the first validation, after step 6, has the best checkpoint."""
-    settings = [*SMALL, "--train.metric=HR@10", "--train.group_by_length=epoch"]
+    settings = [*SMALL, "--train.metric=HR@10"]
     killed = run(*settings, output=tmp_path / "run", before=At(TRAINER, "Trainer._train_step", 10))
     assert (killed.folder / "checkpoints/BEST").read_text() == "step-00000006\n"
     shutil.rmtree(killed.folder / "checkpoints/step-00000006")
