@@ -1,21 +1,24 @@
 """What a recommender is."""
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from data.batches import Batch
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A sum and the number of labels that it runs over; the training loop divides by the global step's count."""
+class Loss(NamedTuple):
+    """A sum and the number of labels that it runs over; the training loop divides by the global step's count.
+
+    A tuple, since ZeRO-3 and DDP look for the tensors of an output inside tuples.
+    """
 
     total: Tensor  # float32 scalar
-    count: int
-    parts: dict[str, Tensor] = field(default_factory=dict)  # detached sums of named terms: logged as loss/<name>
+    count: int  # type: ignore[assignment]  # hides the one of tuples
+    parts: Mapping[str, Tensor] = MappingProxyType({})  # detached sums of named terms: logged as loss/<name>
 
 
 class Recommender(nn.Module):

@@ -70,7 +70,8 @@ class Zero:
 
     def grad_norm(self, device: torch.device) -> Tensor:
         """Return the gradient norm of the step just made, before clipping: a float32 scalar on `device`."""
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+        return norm.masked_fill(norm < 0, torch.nan)  # DeepSpeed says -1 for a norm that is not finite
 
     def optimizer_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return "<parameter>/<key>" -> full tensor on the CPU, as `trainers.checkpoint` writes it. Collective."""

@@ -135,3 +135,31 @@ def test_another_accumulation_in_the_file_is_refused(tmp_path: Path) -> None:
     assert "gradient_accumulation_steps 4" in ranks[0].text()
     assert "--train.micro_batch_size" in ranks[0].text()
     assert os.listdir(tmp_path / "run") == [".lock"] or not (tmp_path / "run" / "checkpoints").exists()
+
+
+def _infinite_gradient(rank: int) -> None:
+    from models.sasrec import SASRec
+
+    loss = SASRec.loss
+
+    def with_infinite_slope(self, batch):
+        out = loss(self, batch)
+        nothing = self.final_norm.bias[0] * 0  # on both: under ZeRO-3 reading it is collective
+        return out._replace(total=out.total + (nothing.sqrt() if rank == 1 else nothing))  # 0, of infinite slope
+
+    SASRec.loss = with_infinite_slope  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, strategy: str) -> None:
+    """DeepSpeed hides it in the norm; nothing that came of it may be saved."""
+    ranks = start_ranks(
+        *settings("sasrec float32", tmp_path),
+        "--train.save_every_steps=1",
+        output=tmp_path / "run",
+        before=_infinite_gradient,
+        environment=environment(strategy, tmp_path),
+    )
+    assert [rank.wait() for rank in ranks] == [1, 1], ranks[0].text() + ranks[1].text()
+    assert "step 1 has loss" in ranks[0].text()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))

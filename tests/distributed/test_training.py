@@ -154,8 +154,7 @@ def _poison(rank: int) -> None:
 
     def poisoned(self, batch):
         out = loss(self, batch)
-        object.__setattr__(out, "total", out.total * torch.nan if rank == 1 else out.total)
-        return out
+        return out._replace(total=out.total * torch.nan if rank == 1 else out.total)
 
     SASRec.loss = poisoned  # type: ignore[method-assign]
 

@@ -297,7 +297,7 @@ def test_a_gradient_that_is_not_finite_stops_too(setup: Setup) -> None:
     class Root(Points):
         def forward(self, batch):
             loss = super().forward(batch)
-            return replace(loss, total=loss.total + (self.weight[0] * 0).sqrt())  # 0, but its slope is infinite
+            return loss._replace(total=loss.total + (self.weight[0] * 0).sqrt())  # 0, but its slope is infinite
 
     with pytest.raises(NonFiniteLoss, match="gradient norm"):
         setup.trainer(Root(40), epochs=1, save_every_steps=1).train()
