@@ -112,7 +112,7 @@ class Runtime:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Return the model on this process's device; ZeRO-3 moves it itself, a slice at a time."""
+        """Return the model on this process's device; under ZeRO-3 `prepare` moves it, a slice at a time."""
         if self.zero is not None and self.zero.stage == 3:
             return model
         return model.to(self.device)
@@ -134,6 +134,8 @@ class Runtime:
                     "memory), or use launch/accelerate/ddp.yaml"
                 )
             self.zero.configure(micro_batch_size, self.share.num_processes, max_grad_norm)
+            if self.zero.stage == 3:
+                self.zero.spread(model, self.device)
         return self.accelerator.prepare(model, optimizer)
 
     def unwrap(self, model: nn.Module) -> nn.Module:

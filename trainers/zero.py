@@ -63,6 +63,21 @@ class Zero:
         # Gradients are added up in float32, as DDP does; Linear layers' would be added in bfloat16 by default.
         autocast.setdefault("lower_precision_safe_modules", [])
 
+    def spread(self, model: nn.Module, device: torch.device) -> None:
+        """Cut the weights into slices, one weight at a time: a model need not fit on one GPU. For stage 3.
+
+        DeepSpeed would move the whole model to the device first, and cut then.
+        """
+        from deepspeed import comm
+        from deepspeed.runtime.zero import Init
+
+        if not comm.is_initialized():  # Accelerate has joined the processes; DeepSpeed has yet to find out
+            comm.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+        Init(module=model, config_dict_or_path=self.config)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
     @property
     def engine(self) -> Any:
         """The DeepSpeedEngine; there is one once the model is prepared."""
