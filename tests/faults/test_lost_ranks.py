@@ -137,7 +137,7 @@ def test_a_hung_rank(undisturbed: Path, tmp_path: Path, disturbed) -> None:
 def test_a_rank_that_fails_by_itself_is_quoted(tmp_path: Path) -> None:
     ranks = start_ranks(*SETTINGS, output=tmp_path / "run", before=_fail)
     assert [rank.wait() for rank in ranks] == [EXIT_LOST_RANK, 1]
-    assert_clear(ranks[0], f"pid {ranks[1].process.pid}) ended: MemoryError: of rank 1 alone")
+    assert_clear(ranks[0], f"pid {ranks[1].process.pid}) ended: LookupError: of rank 1 alone")
 
 
 def _fail(rank: int) -> None:
@@ -145,7 +145,7 @@ def _fail(rank: int) -> None:
         from trainers.loop import Trainer
 
         def fail(self: Trainer, *_: object) -> bool:
-            raise MemoryError("of rank 1 alone")
+            raise LookupError("of rank 1 alone")
 
         Trainer._train_step = fail  # type: ignore[method-assign]
 
