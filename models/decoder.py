@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import NamedTuple, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def largest_anywhere(model: Module, number: int) -> int:
     """The largest such number of any process that shares the model's weights; elsewhere the number itself."""
     if not is_sharded(model) or not torch.distributed.is_initialized():
         return number
-    largest = torch.tensor(number, device=next(model.buffers()).device)
+    largest = torch.tensor(number, device=PartialState().device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return int(largest)
 

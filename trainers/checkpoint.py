@@ -135,11 +135,11 @@ def verify(folder: Path) -> Progress:
     """Return the progress of a checkpoint; raise `CorruptCheckpoint` unless every part of it has its checksum."""
     try:
         manifest = _read_manifest(folder)
-        checksums, progress = dict(manifest["sha256"]), manifest["progress"]
+        checksums, progress, scaler = dict(manifest["sha256"]), manifest["progress"], manifest["scaler"]
         expected = checksums.pop("progress")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpoint(f"checkpoint {folder} has no readable manifest.json") from error
-    if _checksum_of_progress(progress) != expected:
+    if _checksum_of_progress(progress, scaler) != expected:
         raise CorruptCheckpoint(f"checkpoint {folder}: the progress in manifest.json differs from its checksum")
     for name, checksum in checksums.items():
         if not (folder / name).is_file():
@@ -182,13 +182,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, progress: Progress, checksums: dict[str, str], scaler: dict[str, Any]) -> None:
-    checksums = checksums | {"progress": _checksum_of_progress(progress.state())}
+    checksums = checksums | {"progress": _checksum_of_progress(progress.state(), scaler)}
     manifest = {"progress": progress.state(), "scaler": scaler, "sha256": checksums}
     _write(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
-def _checksum_of_progress(progress: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+def _checksum_of_progress(progress: dict[str, Any], scaler: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([progress, scaler], sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(file: Path) -> str:

@@ -285,3 +285,11 @@ def test_a_manifest_lists_every_file(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1).at(1)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {file.name for file in folder.iterdir()} - {"manifest.json"} == set(manifest["sha256"]) - {"progress"}
+
+
+def test_a_changed_scaler_is_damage_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1).at(1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"scaler": {"scale": 1.0}}))
+    with pytest.raises(CorruptCheckpoint, match=r"differs from its checksum"):
+        verify(folder)
