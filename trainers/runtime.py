@@ -19,7 +19,7 @@ from data.loaders import Share
 from .checkpoint import CannotSave
 from .state import TrainingState, optimizer_state_of, weights_of
 from .watchdog import collective_timeout, join
-from .zero import Zero
+from .zero import Zero, compile_for_cpu
 
 
 class HostCopy:
@@ -53,7 +53,10 @@ class Runtime:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
         if "LOCAL_SIZE" in os.environ:  # the `deepspeed` launcher's name for it
             os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+        uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         with self.watchdog.guarding():
+            if uses_deepspeed and not torch.accelerator.is_available():
+                compile_for_cpu()
             state = PartialState(cpu=not torch.accelerator.is_available(), timeout=collective_timeout(timeout_seconds))
         self.precision = best_precision(state.device) if precision == "auto" else precision
         if "CROSS_SIZE" in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
@@ -62,7 +65,6 @@ class Runtime:
                 "ACCELERATE_USE_DEEPSPEED=true and ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_configs/zero2.json, for other "
                 "hosts in .deepspeed_env (launch/hostfile.example)"
             )
-        uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         self.accelerator = Accelerator(
             # DeepSpeed would turn trained weights into bf16: see trainers/zero.py for what is done instead.
             mixed_precision="no" if self.precision == "fp32" or uses_deepspeed else self.precision,

@@ -4,18 +4,40 @@ Precision is torch's autocast here as everywhere else, so ZeRO trains the same n
 weights, gradients and moments are float32, and a frozen base keeps the type it was loaded in.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor, nn
 
 # Moments of AdamW by the names that torch gives them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What ZeRO is told by the loop; a configuration may leave it open ("auto" or absent) or say the same.
 Owned = dict[str, tuple[Any, str]]
+
+
+def compile_for_cpu() -> None:
+    """Compile the one operation that DeepSpeed wants on a CPU, once a machine (a minute), or load what is there.
+
+    torch marks a compilation by a file that a killed process leaves behind, and then waits for it forever. Here the
+    processes take turns by a lock that ends with its holder, in a folder of our own, so such a file is a leftover.
+    """
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    folder = os.environ.setdefault(
+        "TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "shardrec" / f"extensions-torch-{torch.__version__}")
+    )
+    builder = ShareMemCommBuilder()
+    built = Path(folder, builder.name)
+    built.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{built}.lock"):
+        (built / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 class Zero:
