@@ -44,12 +44,18 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Tokenised prompts. Training pads on the right; evaluation pads on the left, so that generation can go on."""
+    """Tokenised prompts. Training pads on the right; evaluation pads on the left, so that generation can go on.
+
+    Slots are indices into `input_ids.flatten()`.
+    """
 
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor  # [B, L] int64
     labels: Tensor | None = None  # [B, L] int64: the next token where the loss counts, NO_LABEL elsewhere
     next_items: Tensor | None = None  # [B, L] int64: the item whose title starts behind this token, 0 elsewhere
+    item_slots: Tensor | None = None  # [S] int64: where an item's vector stands instead of a token's
+    slot_items: Tensor | None = None  # [S] int64: those items
+    candidates: Tensor | None = None  # [B, C] int64: the items that a prompt offers
     row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
     history: SequenceBatch | None = None  # the same rows as item ids, for models that also hold an ID recommender
     count: int = 0
