@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> "SequenceBatch":
         """Return the same batch on `device`."""
-        return _on_device(self, device)
+        return on_device(self, device)
 
     def muted(self) -> "SequenceBatch":
         """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
@@ -62,7 +62,7 @@ class PromptBatch:
 
     def to(self, device: torch.device) -> "PromptBatch":
         """Return the same batch on `device`."""
-        return _on_device(self, device)
+        return on_device(self, device)
 
     def muted(self) -> "PromptBatch":
         """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
@@ -72,8 +72,29 @@ class PromptBatch:
         return replace(self, labels=no_labels, next_items=no_items, count=0)
 
 
-Batch = SequenceBatch | PromptBatch
-AnyBatch = TypeVar("AnyBatch", SequenceBatch, PromptBatch)
+class Batch(Protocol):
+    """What loop, loaders and evaluator ask of a batch; each method knows its own."""
+
+    @property
+    def row(self) -> Tensor | None:
+        """[B] int64, evaluation only: index into split.targets(phase)."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Labels in this batch."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same batch on `device`."""
+        ...
+
+    def muted(self) -> Self:
+        """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
+        ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 class Examples(Protocol):
@@ -219,10 +240,11 @@ def _pad(sequences: Sequence[np.ndarray], side: Literal["left", "right"]) -> tup
     return ids, mask
 
 
-def _on_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+def on_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """Return a batch that is a dataclass with its tensors, and those of its history, on `device`."""
     moved: dict[str, Any] = {n: to_device(v, device) for n, v in vars(batch).items() if isinstance(v, Tensor)}
     moved |= {n: v.to(device) for n, v in vars(batch).items() if isinstance(v, SequenceBatch)}
-    return replace(batch, **moved)
+    return replace(cast(Any, batch), **moved)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

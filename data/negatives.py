@@ -30,3 +30,25 @@ class UniformNegatives:
             free[self.split.training_items(int(user))] = False
             drawn[i] = random.choice(np.flatnonzero(free), self.count, replace=False, shuffle=False)
         return drawn
+
+
+class SharedNegatives:
+    """Draws the same negatives for all labels of a batch, with replacement, by how often items occur in training.
+
+    An item's probability is proportional to its count to the power of `alpha`: 0 is uniform, 1 popularity. It comes
+    with the draw, so that a sampled softmax can be corrected for it (logQ).
+    """
+
+    def __init__(self, split: Split, count: int, alpha: float, seed: int) -> None:
+        self.count, self.seed = count, seed
+        weights = np.maximum(split.item_counts()[1:], 1).astype(np.float64) ** alpha
+        self.probability = weights / weights.sum()
+        self.cumulative = np.cumsum(self.probability)
+
+    def draw(self, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return items [K] int64 and log q [K] float32, a function of (seed, epoch, example)."""
+        random = np.random.default_rng((self.seed, epoch, example))
+        drawn = np.minimum(
+            np.searchsorted(self.cumulative, random.random(self.count), "right"), len(self.cumulative) - 1
+        )
+        return drawn + 1, np.log(self.probability[drawn]).astype(np.float32)

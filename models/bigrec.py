@@ -18,9 +18,10 @@ from data.prompt_rows import PromptSettings
 from data.title_tokens import TitleTokens
 
 from . import losses
-from .backbone import Backbone, causal_model
+from .backbone import Backbone
 from .base import Loss, Recommender
 from .decoder import decoder_of, run_prefix, scoring_decoder
+from .item_embeddings import mean_token_embeddings
 from .title_generation import beam_scores, beam_search_titles
 from .title_grounding import GroundingConfig, TitleGrounding
 from .title_scoring import title_log_likelihoods
@@ -75,7 +76,7 @@ class BIGRec(Recommender):
             )
         self.trie = TitleTrie.build(titles.offsets[1:], titles.ids)
         if config.objective == "items":
-            self.item_head = ItemHead(mean_title_embeddings(backbone, titles))
+            self.item_head = ItemHead(mean_token_embeddings(backbone, titles.without_end()))
 
     def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
         assert batch.labels is not None
@@ -152,18 +153,3 @@ class ItemHead(nn.Module):
             scores = query @ self.table.float().T
         scores[:, 0] = -torch.inf
         return scores
-
-
-@torch.no_grad()
-def mean_title_embeddings(backbone: Backbone, titles: TitleTokens) -> Tensor:
-    """Return [N + 1, H] float32: the mean input embedding of each title's tokens without EOS; row 0 is zero."""
-    weight = causal_model(backbone).get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    # One bag a title; the last token of each, EOS, says nothing about the item.
-    keep = torch.ones(len(titles.ids), dtype=torch.bool)
-    keep[torch.from_numpy(titles.offsets[1:] - 1)] = False
-    ids = torch.from_numpy(titles.ids).long()[keep].to(weight.device)
-    starts = torch.from_numpy(titles.offsets[:-1]) - torch.arange(len(titles))
-    table = nn.functional.embedding_bag(ids, weight.float(), starts.to(weight.device), mode="mean")
-    table[0] = 0
-    return table

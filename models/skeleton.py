@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .backbone import TINY, Backbone, BackboneConfig, cannot_load, quantization, require_folder_or_hub_id, with_lora
+from .backbone import TINY, Backbone, BackboneConfig, cannot_load, path_of, quantization, with_lora
 from .tiny import llama_config
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share a scale, and scales that share one (double quantisation)
@@ -47,9 +47,9 @@ def backbone_skeleton(config: BackboneConfig) -> Backbone:
 def _shape_of(config: BackboneConfig) -> PreTrainedConfig:
     if config.name == TINY:
         return llama_config(config.tiny, config.tiny.vocab_size)
-    require_folder_or_hub_id(config.name)
+    path = path_of(config.name)
     try:
-        return AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise cannot_load(config.name, "configuration", error) from error
 

@@ -32,6 +32,8 @@ class TrainConfig:
     """Peak learning rate."""
     lr_multipliers: dict[str, float] = field(default_factory=dict)
     """Rates of parameters whose names begin so, as multiples of lr: {"backbone": 0.1}; the longest beginning counts."""
+    frozen_epochs: dict[str, int] = field(default_factory=dict)
+    """Parameters whose names begin so stay as they are for so many epochs: {"input.learned": 3}."""
     weight_decay: float = 0.0
     """Decoupled weight decay; norms, biases and embeddings are left out."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -77,6 +79,9 @@ class TrainConfig:
         for prefix, multiplier in self.lr_multipliers.items():
             if multiplier <= 0:
                 raise ValueError(f"--train.lr_multipliers has {prefix}: {multiplier}, but must be above 0")
+        for prefix, epochs in self.frozen_epochs.items():
+            if epochs < 1:
+                raise ValueError(f"--train.frozen_epochs has {prefix}: {epochs}, but must be at least 1")
         for name in ("lr", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--train.{name} is {getattr(self, name)}, but must be above 0")

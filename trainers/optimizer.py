@@ -1,6 +1,7 @@
 """Parameter groups and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -11,25 +12,28 @@ from .config import TrainConfig
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Return the optimizer over the trainable parameters; norms, biases and embedding tables are not decayed.
 
-    Raises ValueError when nothing is trainable, or a prefix of lr_multipliers begins no parameter's name.
+    Raises ValueError when nothing is trainable, or a prefix of lr_multipliers or frozen_epochs begins no parameter's
+    name.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameter: check --backbone.adapter")
-    for prefix in config.lr_multipliers:
-        if not any(name.startswith(prefix) for name in trainable):
-            raise ValueError(
-                f"--train.lr_multipliers has {prefix}, and no trainable parameter's name begins so; names begin with "
-                f"{', '.join(sorted({name.partition('.')[0] for name in trainable}))}"
-            )
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for flag, prefixes in (("lr_multipliers", config.lr_multipliers), ("frozen_epochs", config.frozen_epochs)):
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name in trainable):
+                raise ValueError(
+                    f"--train.{flag} has {prefix}, and no trainable parameter's name begins so; names begin with "
+                    f"{', '.join(sorted({name.partition('.')[0] for name in trainable}))}"
+                )
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
         decay = config.weight_decay if parameter.ndim >= 2 and id(parameter) not in tables else 0.0
-        groups.setdefault((_multiplier(name, config.lr_multipliers), decay), []).append(parameter)
+        multiplier, frozen = _of_prefix(name, config.lr_multipliers, 1.0), _of_prefix(name, config.frozen_epochs, 0)
+        groups.setdefault((multiplier, frozen, decay), []).append(parameter)
     settings = [
-        {"params": parameters, "weight_decay": decay, "multiplier": multiplier, "lr": config.lr * multiplier}
-        for (multiplier, decay), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, "multiplier": multiplier, "frozen_epochs": frozen}
+        for (multiplier, frozen, decay), parameters in groups.items()
     ]
     if config.optimizer == "adamw-8bit-paged":
         from bitsandbytes.optim import PagedAdamW8bit
@@ -38,10 +42,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
 
 
-def _multiplier(name: str, multipliers: dict[str, float]) -> float:
-    """Return the multiplier of the longest prefix that a parameter's name begins with."""
-    prefixes = [prefix for prefix in multipliers if name.startswith(prefix)]
-    return multipliers[max(prefixes, key=len)] if prefixes else 1.0
+def _of_prefix(name: str, values: Mapping[str, float], default: float) -> float:
+    """Return the value of the longest prefix that a parameter's name begins with."""
+    prefixes = [prefix for prefix in values if name.startswith(prefix)]
+    return values[max(prefixes, key=len)] if prefixes else default
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -56,7 +60,8 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.lr
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group its multiple of `rate`."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, epoch: int = 0) -> None:
+    """Give every parameter group its multiple of `rate`; a group that is still frozen gets 0, which changes nothing."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("multiplier", 1.0)
+        frozen = epoch < group.get("frozen_epochs", 0)
+        group["lr"] = 0.0 if frozen else rate * group.get("multiplier", 1.0)

@@ -107,6 +107,19 @@ def test_parameters_have_rates_of_their_own() -> None:
     assert by_name["final_norm.weight"] == pytest.approx(0.1)
 
 
+def test_frozen_parameters_stay_as_they_are_until_their_epochs_are_over() -> None:
+    model = nn.ModuleDict({"table": nn.Linear(2, 2, bias=False), "head": nn.Linear(2, 2, bias=False)})
+    optimizer = build_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.1, frozen_epochs={"table": 2}))
+    for epoch in range(3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        set_learning_rate(optimizer, 0.1, epoch)
+        sum(p.sum() for p in model.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+        assert moved == {"table.weight": epoch >= 2, "head.weight": True}
+
+
 def test_a_rate_for_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"lr_multipliers has gate.*names begin with bias, weight"):
         build_optimizer(nn.Linear(2, 2), TrainConfig(lr_multipliers={"gate": 2.0}))

@@ -1,0 +1,76 @@
+"""The item tables of a model that reads item vectors, from an earlier run, from titles or from chance."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data.prompts import title_texts
+from data.title_tokens import TokenTable, encode
+from models.backbone import Backbone, causal_model
+from models.e4srec import E4SRecConfig, item_vectors, token_norm
+from models.item_embeddings import ItemTable, ItemTableConfig, mean_token_embeddings
+
+from .setting import Setting
+
+
+def item_tables(
+    setting: Setting, config: E4SRecConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ItemTable, ItemTable]:
+    """Make the tables that a backbone reads and is matched with; those of a finished run get their shapes only."""
+    width, norm = causal_model(backbone).config.get_text_config().hidden_size, token_norm(backbone)
+    titles = title_texts(setting.catalog)[1:]
+
+    def make(part: ItemTableConfig, name: str, flag: str) -> ItemTable:
+        source: str = part.source
+        if source == "auto":
+            without_run = "title" if setting.catalog.has_titles else "random"
+            source = "sasrec" if config.sasrec is not None else without_run
+        if setting.saved is not None:
+            vectors = torch.ones(saved_shape(setting.saved, name))
+        elif source == "random":
+            generator = torch.Generator().manual_seed(setting.seed)
+            vectors = torch.randn(setting.catalog.num_items + 1, width, generator=generator)
+        elif source == "title":
+            vectors = mean_token_embeddings(backbone, TokenTable.of([[], *encode(tokenizer, titles)]))
+        elif config.sasrec is None:
+            raise ValueError(
+                f"--method.{flag}.source sasrec needs --method.sasrec: a run folder or a .safetensors file"
+            )
+        else:
+            vectors = vectors_of(config.sasrec, setting)
+        vectors[0] = 0
+        return ItemTable(vectors, part, width, norm, flag)
+
+    table_in = make(config.input, "input", "input")
+    return table_in, table_in if config.output.tied else make(config.output, "output.table", "output")
+
+
+def vectors_of(path: Path, setting: Setting) -> Tensor:
+    """Return the item vectors [N + 1, D] of a run, or of a file with one table; raises ValueError unless they fit."""
+    if path.suffix != ".safetensors":
+        vectors = item_vectors(setting.load_model(path).model)
+    elif not path.is_file():
+        raise ValueError(f"--method.sasrec {path}: there is no such file")
+    else:
+        tables = [tensor for tensor in load_file(path).values() if tensor.ndim == 2]
+        if len(tables) != 1:
+            raise ValueError(f"--method.sasrec {path} holds {len(tables)} tables, expected one [items + 1, width]")
+        vectors = tables[0].float()
+    if len(vectors) != setting.catalog.num_items + 1:
+        raise ValueError(
+            f"--method.sasrec {path} has vectors of {len(vectors) - 1:,} items, and the catalogue has "
+            f"{setting.catalog.num_items:,}: it belongs to other data or another --data.item_core"
+        )
+    return vectors
+
+
+def saved_shape(model_folder: Path, name: str) -> list[int]:
+    """Return the shape of the item table `name` in a finished run."""
+    with safe_open(model_folder / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        key = next(key for key in (f"{name}.learned.weight", f"{name}.fixed") if key in names)
+        return file.get_slice(key).get_shape()

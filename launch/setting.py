@@ -1,0 +1,55 @@
+"""What the table of methods is made of: what a method is built from, and what building it gives."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from data.batches import Examples
+from data.interactions import Catalog
+from data.splits import Phase, Split
+from data.tokenized import Prompts
+from models.backbone import BackboneConfig
+from models.base import Recommender
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is built from: data, its own settings, and where its files are."""
+
+    split: Split
+    catalog: Catalog
+    method: Any  # the method's own settings, an instance of Method.config
+    backbone: BackboneConfig | None
+    seed: int
+    cache: Path  # where prepared prompts are kept
+    load_model: Callable[[Path], "Built"]  # the model of an earlier run, from its folder
+    is_main: bool = True
+    saved: Path | None = None  # model folder of a finished run, when the model is built to be loaded
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with the examples that train and evaluate it; examples are made when they are asked for."""
+
+    model: Recommender
+    training: Callable[[], Examples]
+    evaluation: Callable[[Split, Phase], Examples]
+    tokenizer: PreTrainedTokenizerBase | None = None  # saved with the model
+    # Chooses what is fitted on validation after training, from the prepared model, this process's batches and every
+    # held-out item.
+    calibrate: Callable[[nn.Module, Iterable[Any], np.ndarray], None] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    config: type
+    build: Callable[[Setting], Built]
+    has_backbone: bool = False
+    prompts: Callable[[Setting], Prompts] | None = None  # made without loading the model

@@ -1,0 +1,138 @@
+"""E4SRec: a language model reads item vectors between pieces of text, and its state scores the whole catalogue.
+
+Source: Li et al., "E4SRec: An Elegant Effective Efficient Extensible Solution of Large Language Models for Sequential
+Recommendation", arXiv 2312.02443. Tables, projectors and heads are choices here; the published ones are among them.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from data.item_prompts import ItemPromptBatch, ItemPromptSettings
+
+from .backbone import Backbone, causal_model
+from .base import Loss, Recommender
+from .item_embeddings import ItemMatcher, ItemTable, ItemTableConfig, Match
+
+
+@dataclass
+class OutputConfig(ItemTableConfig):
+    """Vectors that a state is matched with."""
+
+    tied: bool = True
+    """Match with the vectors that are read; false gives the output a table of its own, by the settings beside this."""
+    match: Match = "dot"
+    """dot products, or cosine with a learned scale."""
+    projects_state: bool = False
+    """Learn a linear map of the state, from the identity on, before it is matched."""
+
+
+@dataclass
+class E4SRecConfig:
+    """Prompts, item vectors, and the loss over the catalogue."""
+
+    prompts: ItemPromptSettings = field(default_factory=ItemPromptSettings)
+    """Text around the items, and which positions are trained."""
+    sasrec: Path | None = None
+    """Whose item vectors `source: sasrec` takes: a run folder of sasrec or e4srec (there, what the backbone reads), or
+    a .safetensors file with one table [N + 1, D]."""
+    input: ItemTableConfig = field(default_factory=ItemTableConfig)
+    """Item vectors that the backbone reads."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """Item vectors that score the catalogue; the paper's head is tied false, source random."""
+    loss: Literal["cross-entropy", "sampled-cross-entropy"] = "cross-entropy"
+    """Softmax over the catalogue, or over the target and sampled items with logQ correction."""
+    num_negatives: int = 1024
+    """Items of the sampled softmax, shared by the labels of a batch."""
+    negatives_alpha: float = 0.5
+    """They are drawn by (training events) ** alpha: 0 is uniform."""
+    dropout: float = 0.0
+    """Dropout on the item vectors that are read, and on the states that are matched."""
+
+
+class E4SRec(Recommender):
+    """A backbone without language-model head between two item tables."""
+
+    def __init__(self, config: E4SRecConfig, backbone: Backbone, table_in: ItemTable, table_out: ItemTable) -> None:
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        width = causal_model(backbone).config.get_text_config().hidden_size
+        self.input = table_in
+        output = config.output
+        self.output = ItemMatcher(table_out, output.match, output.projects_state, width)
+        self.with_padding = config.prompts.published_padding
+        named = {"input.fixed": table_in, "output.table.fixed": table_out}
+        distinct = {id(table): name for name, table in reversed(named.items()) if table.fixed is not None}
+        self.saved_buffers = tuple(distinct.values())
+
+    def loss(self, batch: ItemPromptBatch) -> Loss:  # type: ignore[override]
+        assert batch.targets is not None
+        states = self.read(batch)
+        if batch.negatives is None:
+            total = self.output.loss(states, batch.targets, with_padding=self.with_padding)
+        else:
+            assert batch.log_q is not None
+            total = self.output.sampled_loss(states, batch.targets, batch.negatives, batch.log_q)
+        return Loss(total, batch.count)
+
+    def scores(self, batch: ItemPromptBatch) -> Tensor:  # type: ignore[override]
+        return self.output(self.read(batch))
+
+    def read(self, batch: ItemPromptBatch) -> Tensor:
+        """Return the states at the labelled slots, [T, H]."""
+        body = causal_model(self.backbone)
+        embed = body.get_input_embeddings()
+        vectors = F.dropout(self.input(batch.slot_items), self.config.dropout, self.training)
+        embeds = put_vectors(embed(batch.input_ids), batch.item_slots, vectors)
+        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        if batch.prefix_ids is None:
+            states = body(
+                inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
+            )
+        else:
+            # All rows begin alike: the beginning runs once, and its keys and values are every row's.
+            prefix = body(inputs_embeds=embed(batch.prefix_ids)[None], use_cache=True)
+            cache = shared_by(prefix.past_key_values, len(embeds))
+            positions = positions + len(batch.prefix_ids)
+            states = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+        read = states.last_hidden_state.flatten(0, 1).index_select(0, batch.labelled)
+        return F.dropout(read, self.config.dropout, self.training)
+
+
+def put_vectors(embeds_BLH: Tensor, slots_S: Tensor, vectors_SH: Tensor) -> Tensor:
+    """Return embeddings in which the vectors stand at their slots; no token's embedding there gets a gradient."""
+    return embeds_BLH.flatten(0, 1).index_copy(0, slots_S, vectors_SH.to(embeds_BLH.dtype)).view_as(embeds_BLH)
+
+
+def shared_by(cache: DynamicCache, rows: int) -> DynamicCache:
+    """The keys and values of one row as those of `rows` rows; gradients of all of them add up in the one."""
+    pairs = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        pairs.append((layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)))
+    return DynamicCache(pairs)
+
+
+def token_norm(backbone: Backbone) -> float:
+    """Return the mean norm of the backbone's token embeddings."""
+    weight = causal_model(backbone).get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return float(weight.detach().float().norm(dim=1).mean())
+
+
+def item_vectors(model: nn.Module) -> Tensor:
+    """Return the item vectors [N + 1, D] of a trained recommender; raises ValueError where it has none."""
+    with torch.no_grad():
+        if isinstance(model, E4SRec):
+            return model.input.vectors()
+        embedding = getattr(model, "item_embedding", None)
+        if isinstance(embedding, nn.Embedding):
+            return embedding.weight.detach().clone()
+    raise ValueError("--method.sasrec names a run without item vectors: expected one of sasrec or e4srec")

@@ -1,0 +1,170 @@
+"""Item tables inside a language model: what an item looks like as an input, and what a state is matched with.
+
+A table of vectors [N + 1, D] from anywhere (random, an ID recommender's, the mean of a title's token embeddings),
+learned or fixed, perhaps projected to the backbone's width H, and scaled to the norm of its token embeddings.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.title_tokens import TokenTable
+
+from . import losses
+from .backbone import Backbone, causal_model
+
+START_SCALE = 20.0  # of cosines, learned from there: sharp enough for a softmax over thousands of items
+Source = Literal["auto", "random", "sasrec", "title"]
+Projector = Literal["auto", "none", "linear", "mlp"]
+
+
+Match = Literal["dot", "cosine"]
+
+
+@dataclass
+class ItemTableConfig:
+    """Where item vectors come from, and what of them is trained."""
+
+    source: Source = "auto"
+    """random; sasrec: the item table of --method.sasrec; title: the mean token embedding of each title. auto: sasrec
+    where it is given, else title where the catalogue has titles, else random."""
+    projector: Projector = "auto"
+    """Map to the backbone's width: none, linear (E4SRec) or mlp (linear, GELU, linear: LLaRA). auto: linear where
+    the widths differ."""
+    train_table: bool = True
+    """Learn the vectors; false keeps them as they are. (--train.frozen_epochs keeps them for a while.)"""
+    scale: Literal["backbone", "none"] = "backbone"
+    """backbone: the mean norm of what the model reads is that of its token embeddings; none: as the vectors come."""
+
+
+class ItemTable(nn.Module):
+    """Vectors of items 1..N, row 0 for padding; `forward` gives them as the backbone reads them."""
+
+    fixed: Tensor
+
+    def __init__(self, table_ND: Tensor, config: ItemTableConfig, width: int, norm: float, flag: str = "input") -> None:
+        """`width` is the backbone's, `norm` the mean norm of its token embeddings; `flag` is for messages.
+
+        Raises ValueError where the table is of another width and nothing maps it.
+        """
+        super().__init__()
+        table_ND = table_ND.float()
+        own_width = table_ND.shape[1]
+        kind = config.projector
+        if kind == "auto":
+            kind = "none" if own_width == width else "linear"
+        if kind == "none" and own_width != width:
+            raise ValueError(
+                f"item vectors are {own_width} wide and the backbone {width}: pass --method.{flag}.projector linear or "
+                "mlp, or vectors of its width"
+            )
+        self.projector = make_projector(kind, own_width, width)
+        if config.scale == "backbone":
+            table_ND = self._scaled(table_ND, norm)
+        self.learned = nn.Embedding.from_pretrained(table_ND, freeze=False) if config.train_table else None
+        self.register_buffer("fixed", None if config.train_table else table_ND)
+
+    @property
+    def table(self) -> Tensor:
+        """The vectors before projection, [N + 1, D]."""
+        return self.fixed if self.learned is None else self.learned.weight
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Item ids of any shape -> [..., H]."""
+        return self.projector(F.embedding(items, self.table))
+
+    def operands(self, states_TH: Tensor, items: slice | Tensor = slice(1, None)) -> tuple[Tensor, Tensor]:
+        """Return [T, D] and [n, D] whose products are the scores of `items`, all of them by default.
+
+        A linear projector works on the states, which are fewer than the catalogue: h (E W)^T = (h W^T) E^T. Its bias
+        adds the same to every item of a state, which changes no softmax and no rank.
+        """
+        rows = self.table[items]
+        if isinstance(self.projector, nn.Linear):
+            return F.linear(states_TH, self.projector.weight.T), rows
+        return states_TH, self.projector(rows)
+
+    def vectors(self) -> Tensor:
+        """Return [N + 1, H], what the model reads for each item; row 0 means nothing."""
+        return self.projector(self.table)
+
+    def _scaled(self, table_ND: Tensor, norm: float) -> Tensor:
+        """Bring the mean norm of the projected vectors to `norm`, at the last linear map where there is one."""
+        with torch.no_grad():
+            factor = norm / self.projector(table_ND[1:]).norm(dim=1).mean().clamp(min=1e-12)
+            linear_maps = [module for module in self.projector.modules() if isinstance(module, nn.Linear)]
+            if not linear_maps:
+                return table_ND * factor
+            linear_maps[-1].weight *= factor
+        return table_ND
+
+
+@torch.no_grad()
+def mean_token_embeddings(backbone: Backbone, tokens: TokenTable) -> Tensor:
+    """Return [N + 1, H] float32: the mean input embedding of each sequence's tokens; zero for an empty one."""
+    weight = causal_model(backbone).get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    ids, starts = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.offsets[:-1])
+    table = F.embedding_bag(ids.to(weight.device), weight.float(), starts.to(weight.device), mode="mean")
+    table[0] = 0
+    return table
+
+
+def make_projector(kind: str, width: int, out_width: int) -> nn.Module:
+    """A map [..., width] -> [..., out_width]: none, linear, or mlp with an exact GELU; biases start at zero."""
+    if kind == "none":
+        return nn.Identity()
+    layers = [nn.Linear(width, out_width)]
+    if kind == "mlp":
+        layers.append(nn.Linear(out_width, out_width))
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+    return layers[0] if kind == "linear" else nn.Sequential(layers[0], nn.GELU(), layers[1])
+
+
+class ItemMatcher(nn.Module):
+    """Scores of the catalogue: products of a state with every item's vector, or scaled cosines."""
+
+    def __init__(self, table: ItemTable, match: Match, projects_state: bool, width: int) -> None:
+        super().__init__()
+        self.table, self.match = table, match
+        self.state_projector: nn.Module = nn.Identity()
+        if projects_state:
+            self.state_projector = nn.Linear(width, width)
+            nn.init.eye_(self.state_projector.weight)
+            nn.init.zeros_(self.state_projector.bias)
+        self.log_scale = nn.Parameter(torch.tensor(START_SCALE).log()) if match == "cosine" else None
+
+    def operands(self, states_TH: Tensor, items: slice | Tensor = slice(1, None)) -> tuple[Tensor, Tensor]:
+        """Return [T, D] and [n, D] whose products are the logits of `items`."""
+        states = self.state_projector(states_TH)
+        if self.log_scale is None:
+            return self.table.operands(states, items)
+        vectors = self.table.projector(self.table.table[items])
+        return F.normalize(states.float(), dim=1) * self.log_scale.exp(), F.normalize(vectors.float(), dim=1)
+
+    def loss(self, states_TH: Tensor, target_T: Tensor, *, with_padding: bool = False) -> Tensor:
+        """Return the summed cross-entropy over the catalogue; `with_padding` makes item 0 a class, as E4SRec's code."""
+        first = 0 if with_padding else 1
+        query, table = self.operands(states_TH, slice(first, None))
+        return losses.full_cross_entropy(query, table, target_T - first)
+
+    def sampled_loss(self, states_TH: Tensor, target_T: Tensor, negative_K: Tensor, log_q_K: Tensor) -> Tensor:
+        """Return the summed softmax loss over target and shared negatives, corrected for how they were drawn."""
+        items = torch.cat([target_T, negative_K])
+        query, vectors = self.operands(states_TH, items)
+        positive, negative = vectors.split([len(target_T), len(negative_K)])
+        hits = negative_K == target_T[:, None]
+        products = (query * positive).sum(-1), query @ negative.T
+        return losses.sampled_cross_entropy(*products, hits, log_q_K)
+
+    def forward(self, states_BH: Tensor) -> Tensor:
+        """Return scores [B, N + 1] float32."""
+        with torch.autocast(states_BH.device.type, enabled=False):
+            query, table = self.operands(states_BH.float(), slice(None))
+            scores = query @ table.float().T
+        scores[:, 0] = -torch.inf
+        return scores
