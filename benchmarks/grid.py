@@ -36,8 +36,10 @@ COMMON = (
     "--train.max_grad_norm 1.0 --train.log_every_steps 1 --train.save_every_steps 25 --train.eval_every_steps 100"
 ).split()
 SASREC = "--model sasrec --method.window 12 --method.hidden_size 32 --method.dropout 0".split()
-BIGREC = "--model bigrec --backbone.tiny.hidden_size 32 --backbone.tiny.layers 2".split()
+TINY = "--backbone.tiny.hidden_size 32 --backbone.tiny.layers 2".split()
+BIGREC = ["--model", "bigrec", *TINY]
 LORA = "--model bigrec --backbone.lora_dropout 0".split()
+E4SREC = "--model e4srec --method.prompts.max_history 12 --backbone.lora_dropout 0".split()
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],
     "sasrec bf16": [*SASREC, "--train.precision=bf16"],
@@ -46,6 +48,9 @@ ROWS = {
     "bigrec LoRA float32": [*LORA, "--train.precision=fp32"],
     "bigrec LoRA 4-bit": [*LORA, "--train.precision=bf16", "--backbone.quantization=4bit"],
     "bigrec LoRA 8-bit": [*LORA, "--train.precision=bf16", "--backbone.quantization=8bit"],
+    "e4srec float32": [*E4SREC, *TINY, "--train.precision=fp32"],
+    "e4srec bf16, checkpointing": [*E4SREC, *TINY, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
+    "e4srec LoRA 4-bit": [*E4SREC, "--train.precision=bf16", "--backbone.quantization=4bit"],
 }
 
 

@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from data.item_prompts import ItemPromptSettings
 from launch.config import RunConfig, parse_with
 from launch.fitting import Fit, Planner
 from launch.memory import RESERVED, GiB
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> int:
 def longest(config: RunConfig) -> int:
     """Return the longest row that a method's settings allow: tokens of a prompt, or events of a history."""
     prompts = getattr(config.method, "prompts", None)
+    if isinstance(prompts, ItemPromptSettings):
+        return prompts.max_history
     return prompts.max_length if prompts is not None else config.method.window
 
 

@@ -8,15 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import PromptBatch, SequenceBatch
+from data.item_prompts import ItemPromptBatch
 from models import losses
 from models.backbone import Backbone, causal_model
 from models.base import Loss, Recommender
 from models.bigrec import BIGRec, BIGRecConfig, ItemHead
 from models.decoder import decoder_of
+from models.e4srec import E4SRec, E4SRecConfig
+from models.item_embeddings import ItemTable, ItemTableConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.skeleton import backbone_skeleton
 
 from .config import RunConfig
+
+SASREC_WIDTH = 64  # of item vectors that are read from a run: SASRec's default
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
     if isinstance(config.method, SASRecConfig):
         return _sasrec(config.method, num_items)
     assert config.backbone is not None
+    if isinstance(config.method, E4SRecConfig):
+        return _e4srec(config.method, backbone_skeleton(config.backbone, head=False), num_items)
     backbone = backbone_skeleton(config.backbone)
     if isinstance(config.method, BIGRecConfig):
         return _bigrec(config.method, backbone, num_items)
@@ -63,6 +70,26 @@ def _bigrec(config: BIGRecConfig, backbone: Backbone, num_items: int) -> Skeleto
     model = BIGRecSkeleton(config, backbone, num_items).train()
     classes = num_items if config.objective == "items" else vocabulary(backbone)
     return Skeleton(model, prompts, classes)
+
+
+def _e4srec(config: E4SRecConfig, backbone: Backbone, num_items: int) -> Skeleton:
+    width = causal_model(backbone).config.get_text_config().hidden_size
+    with torch.device("meta"):
+
+        def table(part: ItemTableConfig) -> ItemTable:
+            own_width = SASREC_WIDTH if part.source == "sasrec" or config.sasrec is not None else width
+            return ItemTable(torch.empty(num_items + 1, own_width), part, width, norm=1.0)
+
+        table_in = table(config.input)
+        model = E4SRec(config, backbone, table_in, table_in if config.output.tied else table(config.output)).train()
+
+    def batch(rows: int, length: int) -> ItemPromptBatch:
+        slots = torch.zeros(rows * length, dtype=torch.int64)
+        labelled = slots[:rows] if config.prompts.mode == "prefix" else slots
+        ids, targets = torch.zeros(rows, length, dtype=torch.int64), torch.ones_like(labelled)
+        return ItemPromptBatch(ids, None, slots, torch.ones_like(slots), labelled, targets, count=len(labelled))
+
+    return Skeleton(model, batch, num_items, "the instruction before the items, and titles beside them")
 
 
 class BIGRecSkeleton(BIGRec):

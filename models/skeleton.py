@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .backbone import TINY, Backbone, BackboneConfig, cannot_load, path_of, quantization, with_lora
 from .tiny import llama_config
@@ -19,7 +19,7 @@ NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share a scale, and scales that
 NF4_VALUES, ABSMAX_VALUES = 16, 256
 
 
-def backbone_skeleton(config: BackboneConfig) -> Backbone:
+def backbone_skeleton(config: BackboneConfig, head: bool = True) -> Backbone:
     """The backbone as `load_backbone` gives it for training, on torch's meta device; `as_fake` lets it run.
 
     Raises ValueError, naming the flag, where there is no config.json of a causal language model.
@@ -28,7 +28,7 @@ def backbone_skeleton(config: BackboneConfig) -> Backbone:
     with torch.device("meta"):
         model = cast(
             PreTrainedModel,
-            AutoModelForCausalLM.from_config(
+            (AutoModelForCausalLM if head else AutoModel).from_config(
                 shape, dtype=_dtype(config, shape), attn_implementation=config.attention, trust_remote_code=False
             ),
         )

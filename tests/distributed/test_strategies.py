@@ -20,6 +20,9 @@ CELLS = [
     ("bigrec LoRA float32", "ddp"),
     ("bigrec LoRA 4-bit", "zero3"),
     ("bigrec LoRA 8-bit", "zero2"),
+    ("e4srec float32", "zero3"),
+    ("e4srec bf16, checkpointing", "ddp"),
+    ("e4srec LoRA 4-bit", "zero3_offload"),
 ]
 STEPS = 8
 SHORT = ["--train.log_every_steps=1", "--train.save_every_steps=4", "--train.schedule=constant"]
