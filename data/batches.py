@@ -102,8 +102,12 @@ class Examples(Protocol):
 
     lengths: np.ndarray  # [n] int64, tokens or events of each example
 
-    def collate(self, indices: np.ndarray, epoch: int) -> Batch:
-        """Return the batch of these examples; `epoch` only seeds what is drawn anew in each epoch."""
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> Batch:
+        """Return the batch of these examples.
+
+        `epoch` only seeds what is drawn anew in each epoch; `progress` is how many epochs, with the part of this one,
+        were trained before the batch's step: what a curriculum goes by.
+        """
         ...
 
 
@@ -132,7 +136,7 @@ class TrainingSequences:
         self.spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
         self.lengths = self.spans[:, 2] - self.spans[:, 1]
 
-    def collate(self, indices: np.ndarray, epoch: int) -> SequenceBatch:
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> SequenceBatch:
         spans = self.spans[indices]
         lengths = self.lengths[indices]
         items = np.zeros((len(indices), int(lengths.max())), dtype=np.int64)
@@ -161,7 +165,7 @@ class EvaluationSequences:
         self.split, self.window, self.cases = split, window, split.targets(phase)
         self.lengths = np.minimum(self.cases.position, window)
 
-    def collate(self, indices: np.ndarray, epoch: int = 0) -> SequenceBatch:
+    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> SequenceBatch:
         lengths = self.lengths[indices]
         items = np.zeros((len(indices), max(1, int(lengths.max()))), dtype=np.int64)
         for i, (case, length) in enumerate(zip(indices, lengths, strict=True)):
@@ -188,7 +192,7 @@ class TrainingPrompts:
         self.label_inputs, self.count_items = label_inputs, count_items
         self.lengths = prompts.data.column("length").to_numpy().astype(np.int64)
 
-    def collate(self, indices: np.ndarray, epoch: int) -> PromptBatch:
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> PromptBatch:
         rows = self.prompts[indices]
         input_ids, attention_mask = _pad(rows["input_ids"], side="right")
         labels = np.full_like(input_ids, NO_LABEL)
@@ -221,7 +225,7 @@ class EvaluationPrompts:
         self.prompts, self.histories = prompts.with_format("numpy"), histories
         self.lengths = prompts.data.column("length").to_numpy().astype(np.int64)
 
-    def collate(self, indices: np.ndarray, epoch: int = 0) -> PromptBatch:
+    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> PromptBatch:
         rows = self.prompts[indices]
         input_ids, attention_mask = map(torch.from_numpy, _pad(rows["input_ids"], side="left"))
         row = rows["row"].astype(np.int64)

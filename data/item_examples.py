@@ -33,7 +33,7 @@ class TrainingItemPrompts:
             self.spans = _prefixes(split, settings)
         self.lengths = layout.lengths([self._window(*span) for span in self.spans])
 
-    def collate(self, indices: np.ndarray, epoch: int) -> ItemPromptBatch:
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> ItemPromptBatch:
         spans = self.spans[indices]
         batch, item_ends, row_ends = self.layout.batch([self._window(*span) for span in spans])
         if self.layout.trains_every_position:
@@ -85,7 +85,7 @@ class EvaluationItemPrompts:
         self.cases = split.targets(phase)
         self.lengths = layout.lengths([self._history(case) for case in range(len(self.cases.user))])
 
-    def collate(self, indices: np.ndarray, epoch: int = 0) -> ItemPromptBatch:
+    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> ItemPromptBatch:
         batch, _, row_ends = self.layout.batch([self._history(int(case)) for case in indices])
         row = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return replace(batch, labelled=torch.from_numpy(row_ends), row=row)

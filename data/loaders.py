@@ -82,22 +82,23 @@ class TrainingLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
         """Yield the steps of `epoch` from `first_step` on; the next one is collated while the current one trains."""
-        remaining = self.plan(epoch)[first_step:]
+        plan = self.plan(epoch)
         with ThreadPoolExecutor(max_workers=1) as worker:
-            pending = [worker.submit(self._collate, step, epoch) for step in remaining[:2]]
-            for i in range(len(remaining)):
+            ahead = range(first_step, min(first_step + 2, len(plan)))
+            pending = [worker.submit(self._collate, plan[i], epoch, i) for i in ahead]
+            for i in range(first_step, len(plan)):
                 yield pending.pop(0).result()
-                if i + 2 < len(remaining):
-                    pending.append(worker.submit(self._collate, remaining[i + 2], epoch))
+                if i + 2 < len(plan):
+                    pending.append(worker.submit(self._collate, plan[i + 2], epoch, i + 2))
 
-    def _collate(self, step: np.ndarray, epoch: int) -> Step:
-        share = self.share
+    def _collate(self, step: np.ndarray, epoch: int, step_in_epoch: int) -> Step:
+        share, progress = self.share, epoch + step_in_epoch / self.steps_per_epoch
         parts = _cut(step, self.micro_batch_size)
         mine = parts[share.process_index :: share.num_processes]
-        batches = [self.examples.collate(part, epoch) for part in mine]
+        batches = [self.examples.collate(part, epoch, progress) for part in mine]
         if len(batches) < math.ceil(len(parts) / share.num_processes):
             # Every process must run the same number of passes, or collective operations would wait for ever.
-            batches.append(self.examples.collate(step[:1], epoch).muted())
+            batches.append(self.examples.collate(step[:1], epoch, progress).muted())
         return Step(batches, mine)
 
 

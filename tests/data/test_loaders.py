@@ -33,7 +33,7 @@ class Numbered:
     def __init__(self, lengths: np.ndarray) -> None:
         self.lengths = lengths
 
-    def collate(self, indices: np.ndarray, epoch: int) -> SequenceBatch:
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> SequenceBatch:
         items = torch.from_numpy(np.asarray(indices))[:, None] + 1
         lengths = torch.from_numpy(self.lengths[indices])
         labelled = torch.arange(int(lengths.sum()))
@@ -71,6 +71,26 @@ def sample() -> Split:
 
 
 # --- Training ---
+
+
+class Timed(Numbered):
+    """Examples that remember when they were asked for."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        super().__init__(lengths)
+        self.asked: list[tuple[int, float]] = []
+
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> SequenceBatch:
+        self.asked.append((epoch, progress))
+        return super().collate(indices, epoch, progress)
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_every_batch_knows_how_far_training_is(first_step: int) -> None:
+    examples = Timed(np.arange(1, 41))  # 5 steps of 8 examples, each in two micro-batches
+    list(loader(examples, micro_batch_size=4).epoch(3, first_step))
+    expected = [(3, 3 + step / 5) for step in range(first_step, 5) for _ in range(2)]
+    assert examples.asked == expected
 
 
 @pytest.mark.parametrize("group_by_length", ["step", "epoch"])
@@ -181,7 +201,7 @@ def test_nothing_to_train_on_is_an_error() -> None:
 
 def test_a_failing_collator_is_not_swallowed_by_the_thread() -> None:
     class Broken(Numbered):
-        def collate(self, indices: np.ndarray, epoch: int) -> SequenceBatch:
+        def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> SequenceBatch:
             raise RuntimeError("broken example")
 
     with pytest.raises(RuntimeError, match="broken example"):

@@ -29,7 +29,7 @@ class Events:
     def __init__(self, count: int) -> None:
         self.lengths = np.arange(count) % 6 + 1
 
-    def collate(self, indices: np.ndarray, epoch: int) -> SequenceBatch:
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> SequenceBatch:
         lengths = torch.from_numpy(self.lengths[indices])
         items = torch.from_numpy(indices)[:, None] + 1
         items = items * (torch.arange(int(lengths.max())) < lengths[:, None])
