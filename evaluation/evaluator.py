@@ -148,7 +148,8 @@ class Evaluator:
             "seconds": round(seconds, 3),
         }
         intervals = bootstrap_intervals(per_user, self.seed)
-        return Evaluation(metrics, intervals, ranks, share.recommendations, header, self.split.raw_users)
+        recommendations, raw_users = share.recommendations, self.split.raw_users
+        return Evaluation(metrics, intervals, ranks, recommendations, header, raw_users, self.candidates)
 
 
 def _join(shares: Sequence[_Share], top_k: int) -> _Share:

@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: figures with their header, and every user's rank in a Parquet file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import pyarrow.parquet as parquet
 from .ranks import Ranks
 
 _HEADER_KEY = b"shardrec"
+_CANDIDATES = "candidate_items"  # the column of their ids; "candidates" is how many there are
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Evaluation:
     recommendations: np.ndarray  # [n, top_k] item ids, best first, 0 where a user has fewer candidates
     header: dict[str, Any]  # what makes the figures comparable: split hash, mask, ties, protocol, ...
     raw_users: tuple[str, ...] = field(repr=False)  # [U]
+    candidates: np.ndarray | None = field(default=None, repr=False)  # [n, C] item ids; None for the whole catalogue
 
     def as_results(self) -> dict[str, Any]:
         """The JSON form that results.json holds: every metric by its name, "intervals" and "header"."""
@@ -31,20 +34,36 @@ class Evaluation:
         return {**self.metrics, "intervals": intervals, "header": self.header}
 
 
+def over_draws(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """The JSON form of evaluations that differ in their candidates alone: every metric's mean over the draws by its
+    name, "spread" (their standard deviation) and "draws", each with its own header.
+    """
+    draws = {name: [evaluation.metrics[name] for evaluation in evaluations] for name in evaluations[0].metrics}
+    return {
+        **{name: float(np.mean(figures)) for name, figures in draws.items()},
+        "spread": {name: float(np.std(figures, ddof=1)) for name, figures in draws.items()},
+        "draws": [evaluation.as_results() for evaluation in evaluations],
+    }
+
+
 class RankFile(NamedTuple):
     ranks: Ranks
     raw_users: tuple[str, ...]  # [n]: the raw id of each row's user
     header: dict[str, Any]
+    candidates: np.ndarray | None = None  # [n, C] item ids, where targets were ranked among candidates
 
 
 def write_ranks(evaluation: Evaluation, path: str | Path) -> None:
-    """Write one Parquet row a target, with the user's raw id; the header goes to the file's metadata."""
+    """Write one Parquet row a target, with the user's raw id and its candidates; the header goes to the metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {
+    columns: dict[str, Any] = {
         "raw_user": [evaluation.raw_users[user] for user in evaluation.ranks.user],
         **vars(evaluation.ranks),
     }
+    if evaluation.candidates is not None:
+        flat, count = evaluation.candidates.ravel(), evaluation.candidates.shape[1]
+        columns[_CANDIDATES] = pa.FixedSizeListArray.from_arrays(pa.array(flat), count)
     header = json.dumps(evaluation.header).encode()
     parquet.write_table(pa.table(columns).replace_schema_metadata({_HEADER_KEY: header}), path)
 
@@ -56,4 +75,6 @@ def read_ranks(path: str | Path) -> RankFile:
     if _HEADER_KEY not in metadata:
         raise ValueError(f"{path} has no evaluation header; expected a rank file that an evaluation wrote")
     columns = {name: table[name].to_numpy() for name in Ranks.__dataclass_fields__}
-    return RankFile(Ranks(**columns), tuple(table["raw_user"].to_pylist()), json.loads(metadata[_HEADER_KEY]))
+    candidates = np.stack(table[_CANDIDATES].to_numpy()) if _CANDIDATES in table.column_names else None
+    header = json.loads(metadata[_HEADER_KEY])
+    return RankFile(Ranks(**columns), tuple(table["raw_user"].to_pylist()), header, candidates)

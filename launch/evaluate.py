@@ -1,6 +1,7 @@
 """Measure a finished run again, on either phase, under any protocol.
 
 accelerate launch launch/evaluate.py --run runs/NAME --protocol sampled-100
+accelerate launch launch/evaluate.py --run runs/NAME --protocol candidates-20 --draws 5
 """
 
 import json
@@ -16,10 +17,10 @@ from rich.console import Console
 from data.loaders import EvaluationLoader
 from evaluation.config import EvaluationConfig
 from evaluation.evaluator import Evaluator, evaluate_popularity
-from evaluation.results import write_ranks
+from evaluation.results import Evaluation, over_draws, write_ranks
+from launch import show
 from launch.loading import load_run, read_data_of
 from launch.parser import SettingsParser
-from launch.show import figures
 from trainers.runtime import Runtime, leave
 
 
@@ -36,7 +37,12 @@ class EvaluateConfig(EvaluationConfig):
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     """Autocast type of the model, the run's own when not given; scores are always ranked in float32."""
 
+    draws: int = 1
+    """Candidate sets, drawn with the seeds seed, seed + 1, ...: figures are then means over them, with their spread."""
+
     def __post_init__(self) -> None:
+        if self.draws < 1 or (self.draws > 1 and self.protocol == "full"):
+            raise ValueError(f"--draws {self.draws}: expected at least 1, and more only with candidates (--protocol)")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch_size {self.batch_size}: expected at least 1")
         if not self.cutoffs or min(self.cutoffs) < 1:
@@ -49,29 +55,47 @@ def main(argv: list[str]) -> int:
     run = load_run(config.run)
     runtime = Runtime(config.precision or run.config.train.precision, timeout_seconds=run.config.train.timeout_seconds)
     parts = read_data_of(run)
-    options = {name: getattr(config, name) for name in ("cutoffs", "protocol", "mask", "ties", "seed")}
+    options = {name: getattr(config, name) for name in ("cutoffs", "protocol", "mask", "ties")}
+    seeds = range(config.seed, config.seed + config.draws)
     try:
-        evaluator = Evaluator(parts, config.phase, **options)
+        evaluators = [Evaluator(parts, config.phase, **options, seed=seed) for seed in seeds]
     except ValueError as error:  # users with too few unseen items for the protocol
         sys.exit(f"error: {error}")
     batch_size = config.batch_size or run.config.train.eval_batch_size
-    batches = EvaluationLoader(run.built.evaluation(parts, config.phase), batch_size, runtime.share, runtime.device)
     model = runtime.accelerator.prepare_model(run.built.model, evaluation_mode=True)
+    measured, popularity = [], []
     with runtime.watchdog.watching():
-        result = evaluator.run(model, runtime.watchdog.each(batches))
-        popularity = evaluate_popularity(parts, config.phase, **options)
+        for seed, evaluator in zip(seeds, evaluators, strict=True):
+            examples = run.built.evaluation_among(parts, config.phase, evaluator.candidates)
+            batches = EvaluationLoader(examples, batch_size, runtime.share, runtime.device)
+            measured.append(evaluator.run(model, runtime.watchdog.each(batches)))
+            popularity.append(evaluate_popularity(parts, config.phase, **options, seed=seed))
     if runtime.is_main:
-        name = f"{config.phase}-{config.protocol}-{config.mask}-{config.ties}"
-        folder = config.run / "evaluations"
-        write_ranks(result, folder / f"{name}.parquet")
-        measured, baseline = result.as_results(), popularity.as_results()
-        written = {"model": run.config.model, **measured, "popularity": baseline}
-        (folder / f"{name}.json").write_text(json.dumps(written, indent=1))
-        title = f"{parts.name}, {config.phase}, {config.protocol}, mask {config.mask}, ties {config.ties}"
-        Console(highlight=False).print(figures(title, run.config.model, measured, baseline))
-        print(f"written to {folder / name}.json")
+        write(config, run.config.model, measured, popularity)
     runtime.close()
     return 0
+
+
+def write(config: EvaluateConfig, model: str, measured: list[Evaluation], popularity: list[Evaluation]) -> None:
+    """Write ranks and figures to the run folder, and show the figures."""
+    name = f"{config.phase}-{config.protocol}-{config.mask}-{config.ties}"
+    folder = config.run / "evaluations"
+    for evaluation in measured:
+        seed = f"-seed{evaluation.header['seed']}" if config.draws > 1 else ""
+        write_ranks(evaluation, folder / f"{name}{seed}.parquet")
+    title = (
+        f"{measured[0].header['dataset']}, {config.phase}, {config.protocol}, mask {config.mask}, ties {config.ties}"
+    )
+    if config.draws == 1:
+        figures, baseline = measured[0].as_results(), popularity[0].as_results()
+        table = show.figures(title, model, figures, baseline)
+    else:
+        name += f"-{config.draws}-draws"
+        figures, baseline = over_draws(measured), over_draws(popularity)
+        table = show.figures_of_draws(f"{title}, {config.draws} draws", model, figures, baseline)
+    (folder / f"{name}.json").write_text(json.dumps({"model": model, **figures, "popularity": baseline}, indent=1))
+    Console(highlight=False).print(table)
+    print(f"written to {folder / name}.json")
 
 
 if __name__ == "__main__":

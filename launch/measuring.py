@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from data.interactions import Catalog
@@ -94,7 +95,7 @@ def evaluate(
     """Rank every target of a phase; models are always selected by the full catalogue."""
     evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol))
     runtime.watchdog.arrive(f"the evaluation on {phase} targets")
-    return evaluator.run(model, evaluation_batches(config, built, parts, phase, runtime))
+    return evaluator.run(model, evaluation_batches(config, built, parts, phase, runtime, evaluator.candidates))
 
 
 def evaluator_options(config: RunConfig, protocol: Protocol) -> dict[str, Any]:
@@ -102,8 +103,15 @@ def evaluator_options(config: RunConfig, protocol: Protocol) -> dict[str, Any]:
     return vars(config.evaluation) | {"protocol": protocol}
 
 
-def evaluation_batches(config: RunConfig, built: Built, parts: Split, phase: Phase, runtime: Runtime) -> Iterator[Any]:
+def evaluation_batches(
+    config: RunConfig,
+    built: Built,
+    parts: Split,
+    phase: Phase,
+    runtime: Runtime,
+    candidates: np.ndarray | None = None,
+) -> Iterator[Any]:
     """Yield this process's batches of a phase."""
-    examples = built.evaluation(parts, phase)
+    examples = built.evaluation_among(parts, phase, candidates)
     loader = EvaluationLoader(examples, config.train.eval_batch_size, runtime.share, runtime.device)
     return runtime.watchdog.each(loader)

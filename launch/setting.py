@@ -43,6 +43,15 @@ class Built:
     # Chooses what is fitted on validation after training, from the prepared model, this process's batches and every
     # held-out item.
     calibrate: Callable[[nn.Module, Iterable[Any], np.ndarray], None] | None = None
+    # Evaluation examples whose prompts offer these candidates, [n, C] with the target first; None where a method shows
+    # none, and scores them with all the other items.
+    offering: Callable[[Split, Phase, np.ndarray], Examples] | None = None
+
+    def evaluation_among(self, split: Split, phase: Phase, candidates: np.ndarray | None) -> Examples:
+        """Return the examples that rank a phase's targets among the candidates of an evaluator."""
+        if self.offering is None or candidates is None:
+            return self.evaluation(split, phase)
+        return self.offering(split, phase, candidates)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a person sees at the end of a run: the results beside popularity, and a few recommendations."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -52,15 +53,35 @@ def show_results(folder: RunFolder) -> None:
 
 def figures(title: str, model: str, measured: dict[str, Any], popularity: dict[str, Any]) -> Table:
     """Return a table of HR, NDCG and MRR beside popularity; both in the form of `Evaluation.as_results`."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("metric", "popularity", model, "95 % interval"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for metric, (low, high) in measured["intervals"].items():
-        name = metric.rpartition("/")[2]  # "HR@10" of "sampled-100/HR@10"
-        if name.startswith(SHOWN_METRICS) and name not in SAME_AS_HR_AT_1:
-            figure = f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}", f"{low:.4f} to {high:.4f}"
-            table.add_row(metric, *figure)
+    table = _table(title, "popularity", model, "95 % interval")
+    for metric in _shown(measured["intervals"]):
+        low, high = measured["intervals"][metric]
+        table.add_row(metric, f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}", f"{low:.4f} to {high:.4f}")
     return table
+
+
+def figures_of_draws(title: str, model: str, measured: dict[str, Any], popularity: dict[str, Any]) -> Table:
+    """Return the same table of means over draws of candidates; both in the form of `over_draws`."""
+    table = _table(title, "popularity", model, "spread", "each draw")
+    for metric in _shown(measured["draws"][0]["intervals"]):
+        each = " ".join(f"{draw[metric]:.4f}" for draw in measured["draws"])
+        means = f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}"
+        table.add_row(metric, *means, f"{measured['spread'][metric]:.4f}", each)
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _shown(metrics: Iterable[str]) -> list[str]:
+    """Return those metrics that a person is shown; "HR@10" may be called "sampled-100/HR@10"."""
+    names = [(metric, metric.rpartition("/")[2]) for metric in metrics]
+    return [metric for metric, name in names if name.startswith(SHOWN_METRICS) and name not in SAME_AS_HR_AT_1]
 
 
 def _protocol(results: dict[str, Any]) -> str:

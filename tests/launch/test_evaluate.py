@@ -1,13 +1,16 @@
 """Evaluating a run again: the same figures as its own, other protocols under their names, files left behind."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from evaluation.protocols import candidates_hash
 from evaluation.results import read_ranks
 from launch import evaluate, train
+from launch.setting import Built
 
 
 def evaluated(run: Path, capsys: pytest.CaptureFixture[str], name: str, *flags: str) -> tuple[dict, str]:
@@ -57,6 +60,46 @@ def test_mask_and_ties_change_the_file_and_the_figures(trained: Path, capsys: py
     assert "HR@10" not in figures
 
 
+def test_several_draws_of_candidates(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each draw is the evaluation of its seed alone; the figures are their mean and spread."""
+    alone = "test-candidates-20-full-history-expected"
+    flags = ["--protocol", "candidates-20"]
+    figures, shown = evaluated(trained, capsys, f"{alone}-3-draws", *flags, "--draws", "3", "--seed", "4")
+    each = []
+    for draw, seed in zip(figures["draws"], (4, 5, 6), strict=True):
+        single, _ = evaluated(trained, capsys, alone, *flags, "--seed", str(seed))
+        each.append(single["candidates-20/HR@1"])
+        assert draw["candidates-20/HR@1"] == each[-1]
+        assert draw["header"]["candidates_hash"] == single["header"]["candidates_hash"]
+        kept = read_ranks(trained / "evaluations" / f"{alone}-seed{seed}.parquet")
+        assert kept.candidates.shape == (60, 20)
+        assert np.array_equal(kept.candidates[:, 0], kept.ranks.target)
+        assert candidates_hash(kept.candidates) == draw["header"]["candidates_hash"] == kept.header["candidates_hash"]
+    assert len(set(each)) > 1
+    assert figures["candidates-20/HR@1"] == pytest.approx(np.mean(each))
+    assert figures["spread"]["candidates-20/HR@1"] == pytest.approx(np.std(each, ddof=1))
+    popularity = [draw["candidates-20/HR@1"] for draw in figures["popularity"]["draws"]]
+    assert figures["popularity"]["candidates-20/HR@1"] == pytest.approx(np.mean(popularity))
+    assert f"{np.mean(each):.4f}" in shown
+    assert " ".join(f"{figure:.4f}" for figure in each) in shown
+
+
+def test_whole_catalogues_keep_no_candidates(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated(trained, capsys, "test-full-full-history-expected")
+    assert read_ranks(trained / "evaluations" / "test-full-full-history-expected.parquet").candidates is None
+
+
+def test_methods_that_show_candidates_are_given_those_of_the_evaluator() -> None:
+    given = []
+    plain = Built(None, None, lambda split, phase: (split, phase))
+    offering = dataclasses.replace(plain, offering=lambda *arguments: given.append(arguments))
+    candidates = np.ones((2, 20), dtype=np.int64)
+    assert plain.evaluation_among("split", "test", candidates) == ("split", "test")
+    assert offering.evaluation_among("split", "test", None) == ("split", "test")
+    offering.evaluation_among("split", "test", candidates)
+    assert given == [("split", "test", candidates)]
+
+
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
@@ -65,6 +108,7 @@ def test_mask_and_ties_change_the_file_and_the_figures(trained: Path, capsys: py
         (["--cutoffs", "[]"], "--cutoffs []: expected at least one"),
         (["--cutoffs", "[0]"], "--cutoffs [0]: expected at least one, each at least 1"),
         (["--batch_size", "0"], "--batch_size 0: expected at least 1"),
+        (["--draws", "2"], "--draws 2: expected at least 1, and more only with candidates (--protocol)"),
     ],
 )
 def test_mistakes_are_one_line(trained: Path, flags: list[str], answer: str) -> None:
