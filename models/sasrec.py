@@ -36,6 +36,9 @@ class SASRecConfig:
     """Train on each user's most recent window (as published), or on the whole sequence cut into windows."""
     norm: Literal["original", "pre", "post"] = "original"
     """Layer norm: the paper's code (only the query, and the residual is the normalised query), or Pre-/Post-LN."""
+    pads: Literal["right", "left"] = "right"
+    """Where short histories are padded. right: no event sees a pad. left: as in the code that E4SRec ships, pads are
+    kept at zero, but events attend to them."""
     activation: Literal["relu", "gelu"] = "relu"
     """Activation inside the feed-forward layers."""
     loss: Literal["cross-entropy", "sampled-cross-entropy", "gbce", "bce"] = "cross-entropy"
@@ -123,12 +126,35 @@ class SASRec(Recommender):
                 nn.init.zeros_(module.weight[0].detach())
 
     def encode(self, items_BL: Tensor, positions_BL: Tensor) -> Tensor:
-        """Return the state after every event, [B, L, H]. Only the causal mask applies: pads belong on the right."""
+        """Return the state after every event, [B, L, H], with pads where `config.pads` says. The mask is causal."""
         x = self.item_embedding(items_BL) * math.sqrt(self.config.hidden_size)
         x = F.dropout(x + self.position_embedding(positions_BL), self.config.dropout, self.training)
+        real = (items_BL > 0).unsqueeze(-1) if self.config.pads == "left" else None
+        x = x if real is None else x * real
         for block in self.blocks:
-            x = block(x)
+            x = block(x) if real is None else block(x) * real
         return self.final_norm(x)
+
+    def states(self, batch: SequenceBatch) -> Tensor:
+        """Return the state after every event, [B, L, H], where the event is in the batch."""
+        if self.config.pads == "right":
+            return self.encode(batch.items, self.positions(batch))
+        window, length = self.config.window, batch.items.shape[1]
+        slots = torch.arange(window, device=batch.items.device)
+        event = slots - (window - batch.lengths[:, None])  # that stands in each slot; below 0 is a pad
+        items = batch.items.gather(1, event.clamp(min=0)).where(event >= 0, 0)
+        states = self.encode(items, (slots + 1).where(items > 0, 0))
+        slot_of_event = (slots[:length] + window - batch.lengths[:, None]).clamp(max=window - 1)
+        return states.gather(1, slot_of_event.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+    def user_states(self, batch: SequenceBatch) -> Tensor:
+        """Return the state after the last event, [B, H]."""
+        return last_states(self.states(batch), batch.lengths)
+
+    @property
+    def item_table(self) -> Tensor:
+        """The item vectors, [N + 1, H]; row 0 is padding."""
+        return self.item_embedding.weight
 
     def positions(self, batch: SequenceBatch) -> Tensor:
         """Return [B, L] positions that end at `window`, so that the newest event always has the same one."""
@@ -139,7 +165,7 @@ class SASRec(Recommender):
     def loss(self, batch: SequenceBatch) -> Loss:  # type: ignore[override]
         assert batch.labelled is not None
         assert batch.targets is not None
-        states_BLH = self.encode(batch.items, self.positions(batch))
+        states_BLH = self.states(batch)
         # Slots are known from the collator: a mask would make the host wait for the device to count them.
         hidden_TH = states_BLH.flatten(0, 1).index_select(0, batch.labelled)
         if self.config.loss == "cross-entropy":
@@ -159,9 +185,13 @@ class SASRec(Recommender):
         return losses.gbce(positive_T, negative_TK, losses.gbce_beta(negative_TK.shape[1], self.num_items, t))
 
     def scores(self, batch: SequenceBatch) -> Tensor:  # type: ignore[override]
-        states = self.encode(batch.items, self.positions(batch))
-        last = states[torch.arange(len(states), device=states.device), (batch.lengths - 1).clamp(min=0)]
+        last = self.user_states(batch)
         with torch.autocast(last.device.type, enabled=False):
             scores = last.float() @ self.item_embedding.weight.float().T
         scores[:, 0] = -torch.inf
         return scores
+
+
+def last_states(states_BLH: Tensor, lengths: Tensor) -> Tensor:
+    """Return the state of each row's last event, [B, H]; of the first slot where there is no event."""
+    return states_BLH[torch.arange(len(states_BLH), device=states_BLH.device), (lengths - 1).clamp(min=0)]
