@@ -26,8 +26,8 @@ class CandidatePrompts:
     ) -> tuple[CandidateRows, SequenceBatch]:
         """The tokens of rows with these candidates, and the history items that they show.
 
-        `hybrid` [R] says where a text prompt takes the place of a hybrid one. Raises ValueError when a row does not
-        fit even without a history.
+        Where `hybrid` [R] is False a text prompt takes the place of a hybrid one. Raises ValueError when a row does
+        not fit even without a history.
         """
         everywhere = np.ones(len(candidates), dtype=bool)
         titles = everywhere & (self.settings.mode != "id")
@@ -90,7 +90,7 @@ class TrainingCandidates(CandidatePrompts):
         candidates = self.unseen.draw(indices, draws)
         hybrid = None
         if self.settings.curriculum != "none":
-            hybrid = draws.numbers(HYBRID, 1)[:, 0] < self.settings.hybrid_share(progress) * 2.0**64
+            hybrid = draws.fractions(HYBRID, 1)[:, 0] < self.settings.hybrid_share(progress)
         encoded, history = self.show(self.rows.take(indices), candidates, draws, hybrid, answer)
         input_ids, mask, slots = _padded(encoded, side="right")
         labels, next_items = np.full_like(input_ids, NO_LABEL), np.zeros_like(input_ids)

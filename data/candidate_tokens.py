@@ -1,12 +1,15 @@
 """Candidate prompts as tokens: every title is encoded once, and rows are joined from tables."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .candidate_prompts import CandidateTexts
+from .candidate_prompts import CandidateTexts, published_movie_title, texts_of_domain
+from .candidate_rows import CandidateSettings
+from .interactions import Catalog
+from .prompts import title_texts
 from .title_tokens import TokenTable, encode, encode_after, ends_of, ranges
 
 
@@ -44,13 +47,14 @@ class CandidateEncoder:
     """Joins prompts from sequences that were encoded once: fixed pieces, and each title behind a blank.
 
     A slot stands for the blank and the marker of the printed prompt, so a vector costs one token; where a prompt shows
-    no vectors there is no slot either, since the published placeholder carries nothing of the item. A title is made of
-    the same tokens in a history, among candidates and in the response.
+    no vectors there is no slot either, since the published placeholder carries nothing of the item. In front of a slot
+    a title is made of the same tokens as in the response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: CandidateTexts, titles: Sequence[str]) -> None:
-        """`titles` [N + 1] begin with the padding item's."""
+        """`titles` [N + 1] begin with that of padding; newlines in them, which would end an answer, become blanks."""
         self.tokenizer, self.texts, self.num_items = tokenizer, texts, len(titles) - 1
+        self.item_titles = titles = [title.replace("\n", " ") for title in titles]
         # Without a slot behind it a title runs into what follows, up to the next blank: ",", "." or nothing.
         ends = [self._closings(text) for text in range(len(texts.texts))]
         closings = ["", ",", *sorted({end for pair in ends for end in pair} - {"", ","})]
@@ -66,6 +70,14 @@ class CandidateEncoder:
         self.responses = TokenTable.of([[*self.titles[PLAIN][item], *newline] for item in range(len(titles))])
         self.item_lengths = self.titles[PLAIN].lengths + 2  # tokens of an item in a list: also its slot and a comma
         self._tables: dict[int, TokenTable] = {}
+
+    @classmethod
+    def build(cls, tokenizer: PreTrainedTokenizerBase, catalog: Catalog, settings: CandidateSettings) -> Self:
+        """The encoder of a catalogue's titles, as the settings want them written."""
+        titles = title_texts(catalog)
+        if settings.titles == "published-movie":
+            titles = ["", *map(published_movie_title, titles[1:])]
+        return cls(tokenizer, texts_of_domain(settings.domain), titles)
 
     def _closings(self, text: int) -> tuple[str, str]:
         pieces = self.texts.pieces(text, 0)

@@ -23,6 +23,10 @@ class Draws(NamedTuple):
         """Numbers start .. start + count - 1 of each example, [B, count] uint64, uniform."""
         return _mixed(self.keys[:, None] + np.arange(start + 1, start + 1 + count, dtype=np.uint64) * _STEP)
 
+    def fractions(self, start: int, count: int) -> np.ndarray:
+        """The same as float64 in [0, 1)."""
+        return (self.numbers(start, count) >> np.uint64(11)) * 2.0**-53
+
     def integers(self, start: int, count: int, high: int) -> np.ndarray:
         """The same as int64 in 0 .. high - 1 (a catalogue is so far below 2^64 that the remainder is uniform)."""
         return (self.numbers(start, count) % np.uint64(high)).astype(np.int64)

@@ -14,6 +14,7 @@ from data.candidate_prompts import DOMAINS, MOVIE, Mode
 from data.candidate_rows import CandidateSettings
 from data.candidate_tokens import CandidateEncoder, Shown
 from data.draws import Draws
+from data.interactions import Catalog
 from data.splits import Split, Targets
 from models.backbone import BackboneConfig, load_tokenizer
 
@@ -156,11 +157,26 @@ def test_the_number_of_candidates_is_the_real_one(byte_level) -> None:
 
 
 def test_no_response_is_the_start_of_another_one(tokenizer) -> None:
-    responses = CandidateEncoder(tokenizer, MOVIE, [*PLAIN, "Heat", "Heat (1995) 2"]).responses
+    responses = CandidateEncoder(tokenizer, MOVIE, [*PLAIN, "Heat", "Heat (1995) 2", "Heat\n2"]).responses
     spelled = [responses[item].tolist() for item in range(1, len(responses))]
     for one in spelled:
         assert not [other for other in spelled if other != one and other[: len(one)] == one]
     assert spelled[1] == spelled[7], "equal titles are equal answers"
+
+
+def test_settings_choose_words_and_titles(byte_level) -> None:
+    raw_ids = ("", "r1", "r2", "r3")
+    catalog = Catalog(("", "Glass Harbour, The (1987)", "unknown", " "), ((),) * 4, raw_ids, has_titles=True)
+    plain = CandidateEncoder.build(byte_level, catalog, CandidateSettings(domain="game"))
+    assert plain.item_titles == ["", "Glass Harbour, The (1987)", "unknown", "r3"]
+    published = CandidateEncoder.build(byte_level, catalog, CandidateSettings(titles="published-movie"))
+    assert published.item_titles[:3] == ["", "The Glass Harbour", ""]
+    assert byte_level.decode(plain.encode(shown("text", [1], [2, 3], 0)).tokens.ids) == (
+        "This user has played Glass Harbour, The (1987) in the previous. Please predict the next game this user will "
+        "play. The game title candidates are unknown, r3. Choose only one game from the candidates. The answer is"
+    )
+    with pytest.raises(ValueError, match=r"--method\.prompts\.domain 'film': expected one of"):
+        CandidateSettings(domain="film")
 
 
 # --- Batches ---
