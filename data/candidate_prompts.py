@@ -62,16 +62,27 @@ MOVIE = CandidateTexts(
         "Recommendation:",
     ),
 )
+
+
+def _texts_of_ours(noun: str, name: str, past: str, verb: str) -> tuple[str, str, str]:
+    """Three texts for another kind of item, built like the movie ones; `name` is what its items are known by."""
+    return (
+        f"This user has {past} [HistoryHere] before. Please predict the next {noun} this user will {verb}. "
+        f"Choose the answer from the following [CountHere] {name}s: [CansHere]. Answer:",
+        f"This user has {past} [HistoryHere] before. Given the following [CountHere] {name}s: [CansHere], "
+        f"recommend one {noun} for this user to {verb} next. The {name} you recommend is:",
+        f"The history of this user is: [HistoryHere]. Recommend a next {noun} for this user to {verb} from the "
+        f"following {name} set: [CansHere]. The recommendation should contain one {name} only. Recommendation:",
+    )
+
+
+# The first text of games and of artists is published; the others are ours.
 GAME = CandidateTexts(
     "game",
     (
         "This user has played [HistoryHere] in the previous. Please predict the next game this user will play. "
         "The game title candidates are [CansHere]. Choose only one game from the candidates. The answer is",
-        "This user has played [HistoryHere] in the previous. Given the following [CountHere] game titles, [CansHere], "
-        "recommend one game for this user to play next. The game title you recommend is",
-        "The visit history of this user is [HistoryHere]. Recommend a next game for this user to play from the "
-        "following game title set, [CansHere]. The recommendation should contain one game title only. "
-        "The recommendation is",
+        *_texts_of_ours("game", "game title", "played", "play")[1:],
     ),
 )
 ARTIST = CandidateTexts(
@@ -80,33 +91,11 @@ ARTIST = CandidateTexts(
         "This user has listened to [HistoryHere] in the previous. Please predict the next music artist this user will "
         "listen to. The artist name candidates are [CansHere]. Choose only one artist from the candidates. "
         "The answer is",
-        "This user has listened to [HistoryHere] in the previous. Given the following [CountHere] music artist names, "
-        "[CansHere], recommend one artist for this user to listen to next. The artist name you recommend is",
-        "The listening history of this user is [HistoryHere]. Recommend the next music artist for this user to listen "
-        "to from the following artist name set, [CansHere]. The recommendation should contain one artist's name only. "
-        "The recommendation is",
+        *_texts_of_ours("music artist", "artist name", "listened to", "listen to")[1:],
     ),
 )
-
-
-def _in_the_form_of_movie(name: str, noun: str, past: str, verb: str) -> CandidateTexts:
-    """Three texts of ours, built like the movie ones."""
-    return CandidateTexts(
-        name,
-        (
-            f"This user has {past} [HistoryHere] before. Please predict the next {noun} this user will {verb}. "
-            f"Choose the answer from the following [CountHere] {noun} titles: [CansHere]. Answer:",
-            f"This user has {past} [HistoryHere] before. Given the following [CountHere] {noun} titles: [CansHere], "
-            f"recommend one {noun} for this user to {verb} next. The {noun} title you recommend is:",
-            f"The history of this user is: [HistoryHere]. Recommend a next {noun} for this user to {verb} from the "
-            f"following {noun} title set: [CansHere]. The recommendation should contain one {noun} title only. "
-            "Recommendation:",
-        ),
-    )
-
-
-BOOK = _in_the_form_of_movie("book", noun="book", past="read", verb="read")
-ITEM = _in_the_form_of_movie("item", noun="item", past="chosen", verb="choose")
+BOOK = CandidateTexts("book", _texts_of_ours("book", "book title", "read", "read"))
+ITEM = CandidateTexts("item", _texts_of_ours("item", "item title", "chosen", "choose"))
 
 DOMAINS = {domain.name: domain for domain in (MOVIE, GAME, ARTIST, BOOK, ITEM)}
 
