@@ -93,6 +93,7 @@ def parse_with(own: type[Own], argv: list[str]) -> tuple[RunConfig, Own]:
     # Files first: flags win wherever they stand.
     values = parser.read([*(f"--recipe={path}" for path in files), *flags])
     _require_measured(values.train.metric, values.evaluation.cutoffs)
+    _require_gate(model, values.get("backbone"))
     config = RunConfig(
         model=model,
         data=values.data,
@@ -180,6 +181,15 @@ def _require_known(path: str, settings: dict[str, Any], parser: SettingsParser, 
             _require_known(path, value, parser, f"{name}.")
         elif inside := [other for other in parser.types if other.startswith(f"{name}.")]:
             sys.exit(f"error: {path}: {name} is {value}; expected settings below it, such as {inside[0]}")
+
+
+def _require_gate(model: str, backbone: BackboneConfig | None) -> None:
+    """Exit where the backbone's experts would wait for a gate that the method does not make."""
+    if backbone is not None and backbone.adapter == "moe-lora" and not METHODS[model].makes_gate:
+        sys.exit(
+            f"error: --backbone.adapter moe-lora mixes its experts by a gate from the user's state, and {model} makes "
+            "none: pass --backbone.adapter lora"
+        )
 
 
 def _require_measured(metric: str, cutoffs: tuple[int, ...]) -> None:

@@ -61,4 +61,5 @@ class Method:
     config: type
     build: Callable[[Setting], Built]
     has_backbone: bool = False
+    makes_gate: bool = False  # from the user's state, for --backbone.adapter moe-lora
     prompts: Callable[[Setting], Prompts] | None = None  # made without loading the model

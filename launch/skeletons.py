@@ -1,6 +1,7 @@
 """Models without weights, one function a method: what launch/plan.py needs to know beside launch/methods.py."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.bigrec import BIGRec, BIGRecConfig, ItemHead
 from models.decoder import decoder_of
 from models.e4srec import E4SRec, E4SRecConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
+from models.moe_lora import find_gate
 from models.sasrec import SASRec, SASRecConfig
 from models.skeleton import backbone_skeleton
 
@@ -114,9 +116,17 @@ class NextToken(Recommender):
     def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
         assert batch.labels is not None
         decoder = decoder_of(self.backbone)
-        states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        with self._gate(len(batch.input_ids)):
+            states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         total = losses.full_cross_entropy(states.flatten(0, 1), decoder.weight, batch.labels.flatten())
         return Loss(total, batch.count)
+
+    def _gate(self, rows: int) -> AbstractContextManager[None]:
+        """Stand in for what a method makes from its users' states, gradient included."""
+        gate = find_gate(self.backbone)
+        if gate is None:
+            return nullcontext()
+        return gate.use(torch.full((rows, gate.num_experts), 1 / gate.num_experts, requires_grad=True))
 
     def scores(self, batch: PromptBatch) -> Tensor:  # type: ignore[override]
         raise NotImplementedError("a skeleton is only trained")

@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .moe_lora import add_moe_lora, find_gate
 from .tiny import TinyConfig, build_tiny, train_tiny_tokenizer
 
 # peft and bitsandbytes take seconds to import, so functions import them: `tiny`, models without a backbone and --help
@@ -44,12 +46,17 @@ class BackboneConfig:
     folder in Hugging Face format."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """How the frozen base is stored: as it is, LLM.int8(), or NF4 with double quantisation."""
-    adapter: Literal["auto", "none", "lora"] = "auto"
-    """What is trained: `none` all weights, `lora` an adapter; `auto` all of `tiny`, LoRA on anything else."""
+    adapter: Literal["auto", "none", "lora", "moe-lora"] = "auto"
+    """What is trained: `none` all weights, `lora` an adapter, `moe-lora` one of experts mixed by a method's gate;
+    `auto` all of `tiny`, LoRA on anything else."""
     lora_rank: int = 8
     """Rank of the LoRA update."""
     lora_alpha: int = 16
     """The LoRA update is scaled by alpha / rank."""
+    lora_experts: int = 4
+    """moe-lora: experts that share the rank."""
+    lora_scale_by: Literal["expert-rank", "rank"] = "expert-rank"
+    """moe-lora: the update is scaled by alpha / the rank of one expert, as published, or alpha / rank as plain LoRA."""
     lora_dropout: float = 0.05
     """Dropout in front of the LoRA update."""
     lora_targets: list[str] | None = None
@@ -68,9 +75,9 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         quantized = f"--backbone.quantization {self.quantization}"
-        if self.name == TINY and self.adapter == "lora":
+        if self.name == TINY and self.adapter in ("lora", "moe-lora"):
             raise ValueError(
-                "--backbone.adapter lora does not go with --backbone.name tiny: tiny starts from random "
+                f"--backbone.adapter {self.adapter} does not go with --backbone.name tiny: tiny starts from random "
                 "weights, and an adapter on frozen random weights learns nothing. Pass --backbone.adapter "
                 "auto, which trains tiny in full, or a pre-trained --backbone.name"
             )
@@ -84,10 +91,16 @@ class BackboneConfig:
                 f"{quantized} does not go with --backbone.adapter none: quantised weights cannot be trained. "
                 "Pass --backbone.adapter lora or --backbone.quantization none"
             )
+        if self.adapter == "moe-lora" and (self.lora_experts < 1 or self.lora_rank % self.lora_experts):
+            raise ValueError(
+                f"--backbone.lora_experts {self.lora_experts} must divide --backbone.lora_rank {self.lora_rank}: "
+                "every expert has an equal part of it"
+            )
 
     @property
     def uses_lora(self) -> bool:
-        return self.adapter == "lora" or (self.adapter == "auto" and self.name != TINY)
+        """Whether an adapter is trained, of either kind."""
+        return self.adapter in ("lora", "moe-lora") or (self.adapter == "auto" and self.name != TINY)
 
 
 class Weights(TypedDict):
@@ -128,7 +141,22 @@ def load_backbone(
 
 
 def with_lora(model: PreTrainedModel, config: BackboneConfig, seed: int) -> Backbone:
-    """The model with a fresh adapter, ready to be trained; all else in it is frozen."""
+    """The model with a fresh adapter of either kind, ready to be trained; all else in it is frozen."""
+    if config.adapter == "moe-lora":
+        divisor = config.lora_rank
+        if config.lora_scale_by == "expert-rank":
+            divisor //= config.lora_experts
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            add_moe_lora(
+                model,
+                rank=config.lora_rank,
+                experts=config.lora_experts,
+                scale=config.lora_alpha / divisor,
+                dropout=config.lora_dropout,
+                targets=config.lora_targets,
+            )
+        return model.train()
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -152,8 +180,11 @@ def save_backbone(
 ) -> None:
     """Write what `load_saved_backbone` reads: the adapter or else all weights, and the tokenizer.
 
-    `state_dict` stands in for the model's own weights where those are sharded over processes.
+    `state_dict` stands in for the model's own weights where those are sharded over processes. Raises ValueError for
+    MoE-LoRA, which says nothing without its gate: a run's checkpoints hold both.
     """
+    if find_gate(model) is not None:
+        raise ValueError("a backbone with --backbone.adapter moe-lora is saved with the method that makes its gate")
     if not isinstance(model, PreTrainedModel):
         # peft's default asks the hub whether the vocabulary grew; it never does here
         model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
@@ -192,6 +223,14 @@ def load_saved_backbone(
 def causal_model(model: Backbone) -> PreTrainedModel:
     """The Hugging Face model itself, with any adapter's layers in it but without the wrapper around it."""
     return model if isinstance(model, PreTrainedModel) else cast(PreTrainedModel, model.get_base_model())
+
+
+def without_adapter(model: Backbone) -> AbstractContextManager[None]:
+    """Passes inside are those of the base model."""
+    if not isinstance(model, PreTrainedModel):
+        return model.disable_adapter()
+    gate = find_gate(model)
+    return nullcontext() if gate is None else gate.off()
 
 
 def describe(model: torch.nn.Module) -> Weights:

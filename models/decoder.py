@@ -5,7 +5,6 @@ Prompts are left-padded: their last column is the last token of every prompt.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple, cast
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from .backbone import Backbone, causal_model
+from .backbone import Backbone, causal_model, without_adapter
 
 
 def is_sharded(model: Module) -> bool:
@@ -103,8 +102,7 @@ def last_token_embeddings(
     encoded = tokenizer(distinct, add_special_tokens=False)["input_ids"]
     # a tokenizer without BOS has nothing to say for an empty text: EOS is what separates texts there
     ids = [(start_ids + tokens) or [tokenizer.eos_token_id] for tokens in encoded]
-    adapter_off = nullcontext() if isinstance(model, PreTrainedModel) else model.disable_adapter()
-    with torch.no_grad(), adapter_off:
+    with torch.no_grad(), without_adapter(model):
         decoder = scoring_decoder(model)
         device = decoder.body.device
         embeddings = torch.empty(len(ids), decoder.body.config.get_text_config().hidden_size, device=device)

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .backbone import Backbone, causal_model
 from .decoder import is_sharded, largest_anywhere, log_softmax, run_prefix, scoring_decoder
+from .moe_lora import holding_rows
 from .title_trie import TitleTrie
 
 
@@ -39,13 +40,14 @@ def beam_search_titles(
             width = 1 if step == 1 else num_beams
             prefix.cache.batch_select_indices((rows * width + origin).flatten())
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = decoder.body(
-                input_ids=trie.token[nodes].view(-1, 1),
-                attention_mask=mask,
-                position_ids=(prefix.length[:, None] + step - 1).expand(-1, num_beams).reshape(-1, 1),
-                past_key_values=prefix.cache,
-                use_cache=True,
-            )
+            with holding_rows(decoder.body, slice(None), num_beams):
+                output = decoder.body(
+                    input_ids=trie.token[nodes].view(-1, 1),
+                    attention_mask=mask,
+                    position_ids=(prefix.length[:, None] + step - 1).expand(-1, num_beams).reshape(-1, 1),
+                    past_key_values=prefix.cache,
+                    use_cache=True,
+                )
             log_probs = log_softmax(decoder.head(output.last_hidden_state[:, -1]))
             nodes, scores, origin = _extend_beams(trie, nodes, scores, log_probs.view(batch, num_beams, -1), num_beams)
     items = trie.first_items(nodes)
@@ -103,19 +105,20 @@ def generate_free(
     checkpoint_settings = causal.generation_config
     causal.generation_config = GenerationConfig()
     try:
-        output = cast(Any, causal).generate(  # its own type wants a protocol that no model class states
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                num_beams=num_beams,
-                num_return_sequences=num_beams,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            ),
-            synced_gpus=is_sharded(model) and torch.distributed.is_initialized(),
-        )
+        with holding_rows(causal, slice(None), num_beams):  # from its first pass on
+            output = cast(Any, causal).generate(  # its own type wants a protocol that no model class states
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    num_beams=num_beams,
+                    num_return_sequences=num_beams,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                ),
+                synced_gpus=is_sharded(model) and torch.distributed.is_initialized(),
+            )
     finally:
         causal.generation_config = checkpoint_settings
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)

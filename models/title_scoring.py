@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .backbone import Backbone
 from .decoder import Decoder, Prefix, log_softmax, run_prefix, scoring_decoder
+from .moe_lora import holding_rows
 from .title_trie import TitleTrie, TrieBlocks
 
 BLOCK_SIZE = 128  # trie nodes in one row: attention inside a row is quadratic, the prompt's keys are copied per row
@@ -58,7 +59,8 @@ def title_log_likelihoods(
             edges = [root.new_zeros(0, len(root[users]))]
             for row in range(0, num_rows, rows_at_once):
                 rows = slice(row, min(row + rows_at_once, num_rows))
-                states = _run_rows(decoder, prefix, blocks, users, rows)
+                with holding_rows(decoder.body, users, rows.stop - rows.start):
+                    states = _run_rows(decoder, prefix, blocks, users, rows)
                 edges += _edge_log_probs(decoder, states, blocks, rows, constrained)
             node_log_probs[users, blocks.edge_children] = torch.cat(edges).T
     return _sum_along_paths(node_log_probs, trie)
