@@ -195,7 +195,7 @@ def add_moe_lora(
         base_layer = model.get_submodule(name)
         assert isinstance(base_layer, nn.Linear)
         model.set_submodule(name, MoELoRALinear(base_layer, gate, layer, rank, scale, dropout))
-    if model.is_gradient_checkpointing:
+    if model.is_activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": gate.checkpoint_contexts})
     return gate
 
