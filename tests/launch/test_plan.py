@@ -14,7 +14,7 @@ from launch.config import RunConfig, parse
 from launch.fitting import Planner, flags_that_would_fit
 from launch.memory import RESERVED, STRATEGIES, GiB, forecast
 from launch.rehearsal import Rehearsal, rehearse
-from launch.skeletons import BIGRecSkeleton, make_skeleton
+from launch.skeletons import BIGRecSkeleton, NextToken, make_skeleton
 from models.backbone import describe, load_backbone
 from models.base import Recommender
 from models.sasrec import SASRec
@@ -132,6 +132,18 @@ def test_what_bitsandbytes_keeps_outside_autograd_is_seen(folders: dict[str, str
     model = real_model(config)
     assert expected.activation_bytes > 1.5 * saved_bytes(model, config)
     assert expected.peak_with_gradients == pytest.approx(allocated_peak(model, config), rel=0.05)
+
+
+@pytest.mark.parametrize("flags", ["", CHECKPOINTED, "--backbone.quantization 4bit --backbone.lora_dropout 0"])
+def test_a_gated_adapter_is_forecast(flags: str, folders: dict[str, str]) -> None:
+    """For a method that launch/skeletons.py does not know, as far as its backbone goes."""
+    config = settings(f"--model bigrec --train.precision bf16 --backbone.name {{llama}} {flags}", folders)
+    config.model, config.method, config.backbone.adapter = "gated", None, "moe-lora"
+    model = NextToken(load_backbone(config.backbone, None, seed=0, device="cpu", trainable=True)).train()
+    expected = rehearse(config, ITEMS, LENGTH, ROWS, device="cpu")
+    assert expected.activation_bytes == pytest.approx(saved_bytes(model, config), rel=0.03)
+    assert expected.peak_with_gradients == pytest.approx(allocated_peak(model, config), rel=0.12)
+    assert expected.trainable_parameters == describe(model)["trainable_parameters"]
 
 
 @pytest.mark.parametrize("quantization", ["none", "4bit", "8bit"])
