@@ -29,9 +29,7 @@ from models.moe_lora import MoELoRALinear, add_moe_lora
 
 RESULTS = Path(__file__).parent / "results" / "moe-lora.json"
 ROWS, LENGTH, RANK, EXPERTS, ALPHA, DROPOUT = 8, 128, 8, 4, 32, 0.1  # rank, experts, alpha and dropout as published
-# Widths of the layers in the proportions of Llama-2-7B.
-SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 2, "num_attention_heads": 8}
-VOCABULARY = 1000
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY = 512, 1376, 2, 8, 1000  # widths in the proportions of Llama-2-7B
 REPEATS = 15
 GOALS = {"saved_bytes_ratio": 8.0, "step_time_ratio": 1.15}
 
@@ -59,7 +57,8 @@ class PublishedLinear(nn.Module):
 def main() -> None:
     torch.set_num_threads(1)
     measured = {precision: measure(dtype) for precision, dtype in (("float32", None), ("bfloat16", torch.bfloat16))}
-    settings = {"rows": ROWS, "tokens": LENGTH, "rank": RANK, "experts": EXPERTS, "dropout": DROPOUT} | SHAPE
+    settings = {"rows": ROWS, "tokens": LENGTH, "rank": RANK, "experts": EXPERTS, "dropout": DROPOUT}
+    settings |= {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "layers": LAYERS, "heads": HEADS}
     report = {"hardware": hardware(), "settings": settings, "goals": GOALS, "measured": measured}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(measured, indent=1))
@@ -93,9 +92,16 @@ def measure(autocast: torch.dtype | None) -> dict[str, Any]:
 def llama(autocast: torch.dtype | None) -> LlamaForCausalLM:
     """A frozen base with random weights in the type of the computation."""
     torch.manual_seed(0)
-    shape = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=SHAPE["num_attention_heads"], **SHAPE)
+    shape = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+    )
     model = LlamaForCausalLM(shape).requires_grad_(False).train()
-    return model if autocast is None else model.to(autocast)
+    return model if autocast is None else model.to(dtype=autocast)  # type: ignore[call-arg]
 
 
 def plain_lora(autocast: torch.dtype | None) -> nn.Module:
@@ -146,7 +152,7 @@ def check_equal(ids: Tensor) -> None:
         loss = step_of(model, ids, None)()
         found.append([loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
     for value, expected in zip(*found, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
 def saved_bytes(model: nn.Module, step: Step) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data.loaders import Share
 
 from .checkpoint import CannotSave
-from .state import TrainingState, optimizer_state_of, weights_of
+from .state import TrainingState, optimizer_state_of, share_buffers, weights_of
 from .watchdog import collective_timeout, join
 from .zero import Zero, compile_for_cpu
 
@@ -162,6 +162,7 @@ class Runtime:
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Return what a checkpoint holds of a prepared model; every process must ask, for it may be collective."""
         inner = self.unwrap(model)
+        share_buffers(inner)
         scaler = self.scaler.state_dict() if self.scaler else {}
         return TrainingState(weights_of(inner), optimizer_state_of(inner, optimizer, self.zero), scaler)
 

@@ -37,6 +37,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the main one's saved buffers, which in batch norm differ: those are saved. Collective."""
+    for name in _saved_buffers(model):
+        broadcast(model.get_buffer(name))
+
+
 def load_weights(model: nn.Module, file: Path) -> None:
     """Copy the weights in `file` into `model`; raise ValueError unless both have the same. Collective under ZeRO-3."""
     saved = _read_weights(model, file)

@@ -132,7 +132,10 @@ def test_an_unknown_model_names_the_closest_and_all(write: Any, name: str) -> No
         ("--method.prompts.template alpaca", "--method.prompts.template 'alpaca': expected one of"),
         ("--backbone.tiny.hidden_size 100", "--backbone.tiny.hidden_size 100 must be"),
         ("--backbone.adapter lora", "--backbone.adapter lora does not go with --backbone.name tiny"),
-        ("--backbone.name some/model --backbone.adapter moe-lora", "and bigrec makes none: pass --backbone.adapter lora"),
+        (
+            "--backbone.name some/model --backbone.adapter moe-lora",
+            "and bigrec makes none: pass --backbone.adapter lora",
+        ),
         ("--model sasrec --method.hidden_size 65 --method.num_heads 2", "hidden_size 65"),
         ("--train.metric NDCG@7", "--train.metric NDCG@7: expected HR, Recall, NDCG, MRR"),
         ("--evaluation.cutoffs [1,5]", "--train.metric NDCG@10: expected HR, Recall, NDCG, MRR"),
