@@ -39,7 +39,7 @@ FLAGS = "--model e4srec --data.source amazon-beauty --method.input.source random
 REPEATS = 5
 USERS = 128  # a round of training
 PUBLISHED_BATCH = 16  # prompts of a published step, over all its processes
-EVALUATED = {"published": 8, "here": 512}  # users of a round of evaluation
+EVALUATED = {"published": (8, 1), "here": (4096, 256)}  # users of a round of evaluation, and of a pass
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,10 @@ def measure(backbone: str) -> dict[str, dict[str, list[float]]]:
         yield from (USERS / published, USERS / here)
 
     def evaluation(random: np.random.Generator) -> Iterator[float]:
-        for name, layout, batch_size in (
-            ("published", contest.every_prefix, 1), ("here", contest.every_position, EVALUATED["here"]),
-        ):  # fmt: skip
-            cases = random.choice(contest.split.num_users, EVALUATED[name], replace=False)
-            yield EVALUATED[name] / contest.evaluate(layout, batch_size, cases, grad=name == "published")
+        for name, layout in (("published", contest.every_prefix), ("here", contest.every_position)):
+            users, batch_size = EVALUATED[name]
+            cases = random.choice(contest.split.num_users, users, replace=False)
+            yield users / contest.evaluate(layout, batch_size, cases, grad=name == "published")
 
     return {"training": repeated(training), "evaluation": repeated(evaluation)}
 

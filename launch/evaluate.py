@@ -21,6 +21,8 @@ from evaluation.results import Evaluation, over_draws, write_ranks
 from launch import show
 from launch.loading import load_run, read_data_of
 from launch.parser import SettingsParser
+from launch.setting import NeedsCandidates
+from launch.written import mean_over_draws, score_written
 from trainers.runtime import Runtime, leave
 
 
@@ -63,21 +65,34 @@ def main(argv: list[str]) -> int:
         sys.exit(f"error: {error}")
     batch_size = config.batch_size or run.config.train.eval_batch_size
     model = runtime.accelerator.prepare_model(run.built.model, evaluation_mode=True)
-    measured, popularity = [], []
+    writes = run.built.titles is not None and run.config.method.scoring == "generate"
+    measured, popularity, written = [], [], []
     with runtime.watchdog.watching():
         for seed, evaluator in zip(seeds, evaluators, strict=True):
-            examples = run.built.evaluation_among(parts, config.phase, evaluator.candidates)
+            try:
+                examples = run.built.evaluation_among(parts, config.phase, evaluator.candidates)
+            except NeedsCandidates as error:
+                sys.exit(f"error: --run {config.run}: {error}")
             batches = EvaluationLoader(examples, batch_size, runtime.share, runtime.device)
             measured.append(evaluator.run(model, runtime.watchdog.each(batches)))
+            if writes:
+                each, targets = runtime.watchdog.each(batches), parts.target_items(config.phase)
+                written.append(score_written(run.built, model.eval(), each, targets))
             popularity.append(evaluate_popularity(parts, config.phase, **options, seed=seed))
     if runtime.is_main:
-        write(config, run.config.model, measured, popularity)
+        write(config, run.config.model, measured, popularity, mean_over_draws(written) if written else None)
     runtime.close()
     return 0
 
 
-def write(config: EvaluateConfig, model: str, measured: list[Evaluation], popularity: list[Evaluation]) -> None:
-    """Write ranks and figures to the run folder, and show the figures."""
+def write(
+    config: EvaluateConfig,
+    model: str,
+    measured: list[Evaluation],
+    popularity: list[Evaluation],
+    written: dict[str, dict[str, float]] | None,
+) -> None:
+    """Write ranks and figures to the run folder, and show the figures; `written` are those of generated text."""
     name = f"{config.phase}-{config.protocol}-{config.mask}-{config.ties}"
     folder = config.run / "evaluations"
     for evaluation in measured:
@@ -93,8 +108,11 @@ def write(config: EvaluateConfig, model: str, measured: list[Evaluation], popula
         name += f"-{config.draws}-draws"
         figures, baseline = over_draws(measured), over_draws(popularity)
         table = show.figures_of_draws(f"{title}, {config.draws} draws", model, figures, baseline)
-    (folder / f"{name}.json").write_text(json.dumps({"model": model, **figures, "popularity": baseline}, indent=1))
+    results = {"model": model, **figures, "popularity": baseline} | ({"written": written} if written else {})
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
     Console(highlight=False).print(table)
+    for rule, shares in (written or {}).items():
+        print(f"texts, {rule} rule: " + ", ".join(f"{name} {share:.4f}" for name, share in shares.items()))
     print(f"written to {folder / name}.json")
 
 

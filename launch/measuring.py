@@ -92,10 +92,15 @@ def evaluate(
     runtime: Runtime,
     protocol: Protocol = "full",
 ) -> Evaluation:
-    """Rank every target of a phase; models are always selected by the full catalogue."""
+    """Rank every target of a phase."""
     evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol))
     runtime.watchdog.arrive(f"the evaluation on {phase} targets")
     return evaluator.run(model, evaluation_batches(config, built, parts, phase, runtime, evaluator.candidates))
+
+
+def selection_protocol(config: RunConfig, built: Built) -> Protocol:
+    """By what the best checkpoint is chosen: the full catalogue, unless the model only ranks candidates."""
+    return "full" if built.evaluation is not None else config.evaluation.protocol
 
 
 def evaluator_options(config: RunConfig, protocol: Protocol) -> dict[str, Any]:

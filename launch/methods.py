@@ -24,11 +24,13 @@ from models.backbone import (
 )
 from models.bigrec import BIGRec, BIGRecConfig
 from models.e4srec import E4SRec, E4SRecConfig
+from models.llara import ILoRAConfig, LLaRAConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
 from .item_tables import item_tables
+from .llara import build_llara
 from .setting import Built, Method, Setting
 
 
@@ -81,7 +83,7 @@ def build_bigrec(setting: Setting) -> Built:
         return TrainingPrompts(rows, split, titles, label_inputs=config.loss_on_inputs, count_items=count_items)
 
     def evaluation(split: Split, phase: Phase) -> Examples:
-        histories = other.evaluation(split, phase) if other is not None else None
+        histories = other.evaluation_among(split, phase, None) if other is not None else None
         return EvaluationPrompts(prompts.rows(split, phase), histories)
 
     model = BIGRec(config, backbone, titles, grounding)
@@ -131,5 +133,7 @@ def build_e4srec(setting: Setting) -> Built:
 METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
     "e4srec": Method(E4SRecConfig, build_e4srec, has_backbone=True),
+    "ilora": Method(ILoRAConfig, build_llara, has_backbone=True, makes_gate=True),
+    "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
     "sasrec": Method(SASRecConfig, build_sasrec),
 }

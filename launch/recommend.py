@@ -21,6 +21,7 @@ from rich.table import Table
 
 from data.interactions import Catalog
 from launch.loading import LoadedRun, histories_as_split, load_run, read_data_of
+from launch.setting import NeedsCandidates
 
 # How like a title (0 to 100) a typed one must be to be taken for it, or to be told of it; a part counts for less.
 SURE_MATCH, POSSIBLE_MATCH, PART_OF_WHOLE = 85, 60, 0.8
@@ -34,7 +35,10 @@ def main(argv: list[str]) -> int:
         history = match_titles(arguments.history, run.catalog)
     else:
         history = history_of_user(arguments.user, run)
-    items, scores = recommend(run, history, arguments.k, arguments.include_seen)
+    try:
+        items, scores = recommend(run, history, arguments.k, arguments.include_seen)
+    except NeedsCandidates as error:
+        sys.exit(f"error: --run {arguments.run}: {error}")
     if arguments.json:
         rows = [
             {"title": run.catalog.titles[i], "item": run.catalog.raw_ids[i], "score": round(float(s), 6)}
@@ -131,7 +135,7 @@ def history_of_user(raw_user: str, run: LoadedRun) -> np.ndarray:
 @torch.inference_mode()
 def recommend(run: LoadedRun, history: np.ndarray, k: int, include_seen: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the k best items and their scores, best first."""
-    examples = run.built.evaluation(histories_as_split([history], run.catalog), "test")
+    examples = run.built.evaluation_among(histories_as_split([history], run.catalog), "test", None)
     scores = run.built.model(examples.collate(np.array([0]), 0))[0]
     if not include_seen:
         scores[torch.from_numpy(history)] = -torch.inf

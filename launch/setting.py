@@ -1,6 +1,6 @@
 """What the table of methods is made of: what a method is built from, and what building it gives."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,26 +32,43 @@ class Setting:
     saved: Path | None = None  # model folder of a finished run, when the model is built to be loaded
 
 
+class NeedsCandidates(ValueError):
+    """A model was asked to rank the whole catalogue, and can only rank candidates."""
+
+
 @dataclass(frozen=True)
 class Built:
     """A model with the examples that train and evaluate it; examples are made when they are asked for."""
 
     model: Recommender
     training: Callable[[], Examples]
-    evaluation: Callable[[Split, Phase], Examples]
+    # Evaluation examples of a method that ranks the whole catalogue; None where it only ranks what a prompt offers.
+    evaluation: Callable[[Split, Phase], Examples] | None
     tokenizer: PreTrainedTokenizerBase | None = None  # saved with the model
     # Chooses what is fitted on validation after training, from the prepared model, this process's batches and every
     # held-out item.
     calibrate: Callable[[nn.Module, Iterable[Any], np.ndarray], None] | None = None
-    # Evaluation examples whose prompts offer these candidates, [n, C] with the target first; None where a method shows
-    # none, and scores them with all the other items.
+    # Evaluation examples whose prompts offer these candidates, [n, C] with the target first.
     offering: Callable[[Split, Phase, np.ndarray], Examples] | None = None
+    titles: Sequence[str] | None = None  # [N + 1] as such a prompt shows them
 
     def evaluation_among(self, split: Split, phase: Phase, candidates: np.ndarray | None) -> Examples:
-        """Return the examples that rank a phase's targets among the candidates of an evaluator."""
-        if self.offering is None or candidates is None:
-            return self.evaluation(split, phase)
-        return self.offering(split, phase, candidates)
+        """Return the examples that rank a phase's targets, among an evaluator's candidates or in the whole catalogue.
+
+        Raises NeedsCandidates where the model cannot rank the whole.
+        """
+        if self.offering is not None and candidates is not None:
+            return self.offering(split, phase, candidates)
+        return self.require_full_ranking()(split, phase)
+
+    def require_full_ranking(self) -> Callable[[Split, Phase], Examples]:
+        """Return `evaluation`; raise NeedsCandidates where there is none."""
+        if self.evaluation is None:
+            raise NeedsCandidates(
+                "this model only ranks the candidates that its prompts offer: pass --evaluation.protocol candidates-20 "
+                "(launch/evaluate.py: --protocol candidates-20)"
+            )
+        return self.evaluation
 
 
 @dataclass(frozen=True)

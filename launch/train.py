@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
@@ -18,10 +19,10 @@ from rich.logging import RichHandler
 from data.interactions import Interactions
 from data.loaders import TrainingLoader
 from data.splits import Split
-from evaluation.protocols import NotEnoughItems, draw_candidates
+from evaluation.protocols import NotEnoughItems, draw_candidates, metric_prefix
 from launch.config import RunConfig, dump, parse
 from launch.loading import load_model, read_and_split
-from launch.measuring import Clock, evaluate, finish
+from launch.measuring import Clock, evaluate, finish, selection_protocol
 from launch.methods import METHODS, Built, Setting
 from launch.out_of_memory import explain, is_out_of_memory
 from launch.run_folder import RunFolder
@@ -87,6 +88,8 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
     set_seed(config.train.seed)
     try:
         built = build(config, interactions, parts, runtime)
+        if config.evaluation.protocol == "full":
+            built.require_full_ranking()
         if runtime.is_main:
             folder.begin(config, runtime)
         runtime.wait()
@@ -168,8 +171,11 @@ def make_trainer(
         *(loader.steps_per_epoch, runtime.precision, runtime.strategy),
     )
 
+    protocol = selection_protocol(config, built)
+    train = replace(train, metric=metric_prefix(protocol) + train.metric)
+
     def validate() -> dict[str, float]:
-        return evaluate(config, built, prepared, parts, "valid", runtime).metrics
+        return evaluate(config, built, prepared, parts, "valid", runtime, protocol).metrics
 
     own = checkpoint is not None and checkpoint.resolve() == checkpoints.at(progress.step).resolve()
     return Trainer(

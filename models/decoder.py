@@ -79,10 +79,11 @@ def scoring_decoder(model: Backbone) -> Decoder:
     return decoder_of(model)
 
 
-def run_prefix(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = True) -> Prefix:
-    """Run prompts [B, P] that are padded on the left."""
+def run_prefix(decoder: Decoder, prompts: Tensor, attention_mask: Tensor, use_cache: bool = True) -> Prefix:
+    """Run prompts that are padded on the left: tokens [B, P], or embeddings [B, P, H] with item vectors in them."""
     output = decoder.body(
-        input_ids=input_ids,
+        input_ids=prompts if prompts.ndim == 2 else None,
+        inputs_embeds=prompts if prompts.ndim == 3 else None,
         attention_mask=attention_mask,
         position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
         use_cache=use_cache,

@@ -17,7 +17,7 @@ from data.item_prompts import ItemPromptBatch, ItemPromptSettings
 
 from .backbone import Backbone, causal_model
 from .base import Loss, Recommender
-from .item_embeddings import ItemMatcher, ItemTable, ItemTableConfig, Match
+from .item_embeddings import ItemMatcher, ItemTable, ItemTableConfig, Match, put_vectors
 
 
 @dataclass
@@ -102,11 +102,6 @@ class E4SRec(Recommender):
             states = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
         read = states.last_hidden_state.flatten(0, 1).index_select(0, batch.labelled)
         return F.dropout(read, self.config.dropout, self.training)
-
-
-def put_vectors(embeds_BLH: Tensor, slots_S: Tensor, vectors_SH: Tensor) -> Tensor:
-    """Return embeddings in which the vectors stand at their slots; no token's embedding there gets a gradient."""
-    return embeds_BLH.flatten(0, 1).index_copy(0, slots_S, vectors_SH.to(embeds_BLH.dtype)).view_as(embeds_BLH)
 
 
 def shared_by(cache: DynamicCache, rows: int) -> DynamicCache:

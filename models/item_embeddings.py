@@ -113,6 +113,11 @@ def mean_token_embeddings(backbone: Backbone, tokens: TokenTable) -> Tensor:
     return table
 
 
+def put_vectors(embeds_BLH: Tensor, slots_S: Tensor, vectors_SH: Tensor) -> Tensor:
+    """Return embeddings in which the vectors stand at their slots; no token's embedding there gets a gradient."""
+    return embeds_BLH.flatten(0, 1).index_copy(0, slots_S, vectors_SH.to(embeds_BLH.dtype)).view_as(embeds_BLH)
+
+
 def make_projector(kind: str, width: int, out_width: int) -> nn.Module:
     """A map [..., width] -> [..., out_width]: none, linear, or mlp with an exact GELU; biases start at zero."""
     if kind == "none":

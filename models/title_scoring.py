@@ -75,9 +75,9 @@ def _run_rows(decoder: Decoder, prefix: Prefix, blocks: TrieBlocks, users: slice
     positions = length_B[:, None, None] + blocks.depths[rows] - 1
     states = decoder.body(
         input_ids=blocks.tokens[rows].repeat(num_users, 1),
-        attention_mask=_additive(keep.flatten(0, 1)[:, None], decoder.body),
+        attention_mask=additive_mask(keep.flatten(0, 1)[:, None], decoder.body),
         position_ids=positions.flatten(0, 1),
-        past_key_values=_shared_cache(prefix.cache, users, num_rows),
+        past_key_values=shared_cache(prefix.cache, users, num_rows),
         use_cache=True,
     ).last_hidden_state
     owned = blocks.slots[blocks.row_start[rows.start] : blocks.row_start[rows.stop]] - rows.start * num_slots
@@ -145,7 +145,7 @@ class _SharedPrefixLayer(DynamicLayer):
         return self.prompt_keys.shape[-2]
 
 
-def _shared_cache(cache: DynamicCache, users: slice, rows: int) -> Cache:
+def shared_cache(cache: DynamicCache, users: slice, rows: int) -> Cache:
     return Cache(layers=[_share(layer, users, rows) for layer in cache.layers])
 
 
@@ -174,7 +174,7 @@ def _for_device(sizes: dict[str, int], device: torch.device) -> int:
     return sizes.get(device.type, sizes["cuda"])
 
 
-def _additive(keep: Tensor, body: PreTrainedModel) -> Tensor:
+def additive_mask(keep: Tensor, body: PreTrainedModel) -> Tensor:
     """A boolean mask as what is added to attention scores: 0 to keep, the dtype's lowest value to drop."""
     device = keep.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else body.dtype

@@ -1,0 +1,83 @@
+"""LLaRA and iLoRA, built from a catalogue, a backbone and an ID recommender."""
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from data.batches import Examples
+from data.candidate_batches import EvaluationCandidates, TrainingCandidates
+from data.candidate_prompts import texts_of_domain
+from data.candidate_tokens import CandidateEncoder
+from data.prompts import title_texts
+from data.splits import Phase, Split
+from models.backbone import load_backbone, load_saved_tokenizer, load_tokenizer
+from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
+from models.sasrec import SASRec
+from models.sasrec_llara import SASRecLLaRA, read_sasrec_llara
+from models.tiny import vocabulary_text
+
+from .setting import Built, Setting
+
+
+def build_llara(setting: Setting) -> Built:
+    config: LLaRAConfig = setting.method
+    assert setting.backbone is not None
+    prompts, sasrec = config.prompts, inner_sasrec(setting, config)
+    tokenizer = tokenizer_of(setting, config)
+    encoder = CandidateEncoder.build(tokenizer, setting.catalog, prompts)
+    backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True)
+    kind = ILoRA if isinstance(config, ILoRAConfig) else LLaRA
+    model = kind(config, backbone, encoder.responses, sasrec)  # type: ignore[arg-type]
+
+    def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
+        return EvaluationCandidates(split, phase, encoder, prompts, setting.seed, candidates)
+
+    return Built(
+        model,
+        lambda: TrainingCandidates(setting.split, encoder, prompts, setting.seed),
+        None,
+        tokenizer,
+        offering=offering,
+        titles=encoder.item_titles,
+    )
+
+
+def tokenizer_of(setting: Setting, config: LLaRAConfig) -> PreTrainedTokenizerFast:
+    """The backbone's tokenizer; that of tiny learns the titles and the texts around them."""
+    assert setting.backbone is not None
+    if setting.saved is not None:
+        return load_saved_tokenizer(str(setting.saved / "tokenizer"))
+    titles, domain = title_texts(setting.catalog), texts_of_domain(config.prompts.domain)
+    shown = titles[1:3]
+    texts = [domain.prompt(text, shown, shown, config.prompts.mode) for text in range(len(domain.texts))]
+    return load_tokenizer(setting.backbone, vocabulary_text(titles, setting.split.item_counts(), texts))
+
+
+def inner_sasrec(setting: Setting, config: LLaRAConfig) -> SASRec | SASRecLLaRA | None:
+    """The ID recommender that --method.sasrec names; raises ValueError where it is not one or reads too little."""
+    path = config.sasrec
+    if path is None:
+        return None
+    sasrec: object
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError(f"--method.sasrec {path}: there is no such file")
+        raw_ids = setting.catalog.raw_ids[1:]
+        if not all(raw_id.isdecimal() for raw_id in raw_ids):
+            raise ValueError(f"--method.sasrec {path} numbers its items, and this catalogue has other ids: name a run")
+        sasrec = read_sasrec_llara(path, np.array(raw_ids, dtype=np.int64))
+    else:
+        sasrec = setting.load_model(path).model
+    if not isinstance(sasrec, SASRec | SASRecLLaRA):
+        raise ValueError(f"--method.sasrec {path} is a run of another model: expected one of sasrec")
+    if len(sasrec.item_table) != setting.catalog.num_items + 1:
+        raise ValueError(
+            f"--method.sasrec {path} knows {len(sasrec.item_table) - 1:,} items, and the catalogue has "
+            f"{setting.catalog.num_items:,}: it belongs to other data or another --data.item_core"
+        )
+    window = sasrec.config.window if isinstance(sasrec, SASRec) else sasrec.window
+    if window < config.prompts.history_length:
+        raise ValueError(
+            f"--method.sasrec {path} reads {window} events, and prompts show {config.prompts.history_length}: pass "
+            f"--method.prompts.history_length {window}"
+        )
+    return sasrec
