@@ -24,11 +24,13 @@ from models.backbone import (
 )
 from models.bigrec import BIGRec, BIGRecConfig
 from models.e4srec import E4SRec, E4SRecConfig
+from models.ensemble import EnsembleConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
 from .item_tables import item_tables
+from .members import build_ensemble
 from .setting import Built, Method, Setting
 
 
@@ -131,5 +133,6 @@ def build_e4srec(setting: Setting) -> Built:
 METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
     "e4srec": Method(E4SRecConfig, build_e4srec, has_backbone=True),
+    "ensemble": Method(EnsembleConfig, build_ensemble),
     "sasrec": Method(SASRecConfig, build_sasrec),
 }
