@@ -1,5 +1,6 @@
 """The members of an ensemble: loaded from their run folders, checked, and asked about every validation user once."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,18 @@ def require_member(path: Path, setting: Setting) -> Run:
     if not (path / "model" / "model.safetensors").is_file() or not run.complete:
         of = f" of {setting.saved.parent}" if setting.saved is not None else ""
         raise ValueError(
-            f"--method.members{of} names {path} (seen from {Path.cwd()}), where there is no finished run: bring it back "
-            "there, or train the ensemble anew with the folder where it is now"
+            f"--method.members{of} names {path} (seen from {Path.cwd()}), where there is no finished run: bring it "
+            "back there, or train the ensemble anew with the folder where it is now"
         )
     if setting.saved is None and run.split_hash != setting.split.hash:
         raise ValueError(
             f"--method.members {path} was trained on split {run.split_hash[:12]}, and --data.* gives "
             f"{setting.split.hash[:12]}: members and ensemble need the same data and split"
+        )
+    if json.loads((path / "model" / "catalog.json").read_text())["raw_ids"] != [*setting.catalog.raw_ids]:
+        raise ValueError(
+            f"--method.members {path} has learned another catalogue than these {setting.catalog.num_items:,} items: "
+            "members and ensemble need the same --data.item_core and files"
         )
     return run
 

@@ -282,7 +282,7 @@ def _load_base(
 def freeze_quantised(model: PreTrainedModel) -> None:
     """Freeze a quantised base; what bitsandbytes left alone (embeddings, head, norms) stays as the checkpoint has it.
 
-    PEFT's prepare_model_for_kbit_training makes that float32, 4 GiB of an 8-billion-parameter model and twice the
+    PEFT's prepare_model_for_kbit_training makes that float32, 2 GiB more of an 8-billion-parameter model and twice the
     residual stream, though nothing of it is trained and norms compute in float32 anyway. Only float16 changes, to
     bfloat16: gradients through it would vanish without loss scaling.
     """

@@ -209,6 +209,12 @@ def test_members_of_other_data_are_refused(members: list[Path], tmp_path: Path) 
     done = run(*flags, output=tmp_path / "other")
     assert "was trained on split" in done.text()
     assert not (tmp_path / "other" / "results.json").exists()
+    other = Path(shutil.copytree(members[0], tmp_path / "renamed"))
+    catalog = json.loads((other / "model" / "catalog.json").read_text())
+    catalog["raw_ids"][1:3] = catalog["raw_ids"][2:0:-1]  # two items swapped: the same number, other meanings
+    (other / "model" / "catalog.json").write_text(json.dumps(catalog))
+    done = run(*command([other, members[1]]), output=tmp_path / "swapped")
+    assert "has learned another catalogue" in done.text()
 
 
 def test_a_member_that_has_moved_is_named(members: list[Path], tmp_path: Path) -> None:
@@ -218,6 +224,7 @@ def test_a_member_that_has_moved_is_named(members: list[Path], tmp_path: Path) -
     moved.rename(tmp_path / "elsewhere")
     again = start(script="evaluate", output=done.folder)
     assert again.wait() != 0
+    assert "Traceback" not in again.text()
     assert f"--method.members of {done.folder} names {moved}" in again.text()
     alone = run(*command([members[0]]), output=tmp_path / "alone")
     assert "at least two finished runs" in alone.text()
