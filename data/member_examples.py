@@ -70,7 +70,7 @@ class MemberExamples:
         self.folds = np.full(len(self.cases), NO_FOLD) if folds is None else folds
         self.lengths = self.cases.position.astype(np.int64)
 
-    def collate(self, indices: np.ndarray, epoch: int = 0) -> MemberBatch:
+    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> MemberBatch:
         cases = [(int(self.cases.user[i]), int(self.cases.position[i])) for i in indices]
         seen = np.zeros((len(indices), max(1, int(self.lengths[indices].max()))), dtype=np.int64)
         for i, (user, position) in enumerate(cases):
