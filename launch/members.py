@@ -28,10 +28,8 @@ FEATURE_ROWS = 1024  # of which features are computed at once
 def build_ensemble(setting: Setting) -> Built:
     config: EnsembleConfig = setting.method
     if len(config.members) < 2:
-        raise ValueError(
-            f"--method.members {[*map(str, config.members)]}: expected the folders of at least two finished runs"
-        )
-    runs = [require_member(path, setting) for path in config.members]
+        raise ValueError(f"--method.members {config.members}: expected the folders of at least two finished runs")
+    runs = [require_member(Path(path), setting) for path in config.members]
     members = [setting.load_model(run.folder) for run in runs]
     model = Ensemble(config, [member.model for member in members])
     known: dict[Phase, KnownScores] = {}  # of the split that this run trains on

@@ -6,7 +6,6 @@ et al., 1991) whose experts are frozen.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -23,7 +22,7 @@ from .sasrec import SASRec
 class EnsembleConfig:
     """Which runs are mixed, and how."""
 
-    members: list[Path] = field(default_factory=list)
+    members: list[str] = field(default_factory=list)
     """Folders of finished runs on the same data and split; they are read again whenever this model is loaded."""
     fusion: Literal["gate", "weight", "reciprocal-rank"] = "gate"
     """gate: each user's weights, by a small network that sees how sure every member is. weight: the same weights for

@@ -28,7 +28,7 @@ class Silent(Recommender):
 
 
 def ensemble(members: int = 2, **settings: Any) -> Ensemble:
-    folders = [Path(f"runs/{i}") for i in range(members)]
+    folders = [f"runs/{i}" for i in range(members)]
     return Ensemble(EnsembleConfig(members=folders, **settings), [Silent() for _ in folders])
 
 
