@@ -1,4 +1,4 @@
-"""Forecast which micro-batches of QLoRA fit one GPU, for the shapes in launch/shapes: the table of docs/scaling.md.
+"""Forecast what fits one GPU for the shapes in launch/shapes, and count FLOPs a token: the tables of docs/scaling.md.
 
 python benchmarks/qlora_memory.py
 
@@ -6,37 +6,105 @@ Nothing is trained and no GPU is needed: these are forecasts (see launch/plan.py
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
 
-from launch.config import parse
+from benchmarks.document import write_section
+from launch.config import RunConfig, parse
 from launch.fitting import Planner
-from launch.memory import STRATEGIES, GiB
+from launch.memory import STRATEGIES, GiB, Strategy
+from models.backbone import causal_model
+from models.skeleton import backbone_skeleton
 
+COMMAND = "benchmarks/qlora_memory.py"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 SHAPES = ("llama-3.1-8b", "qwen2.5-7b")
-LENGTHS = (512, 1024, 2048)
-GPU_MEMORY = (12, 24)  # GiB
-ROWS = 4  # tried first
 NUM_ITEMS = 10_000
+ALONE, OFFLOADED = STRATEGIES[0], STRATEGIES[-1]
 
 
 def main() -> None:
-    print("| backbone | checkpointing | tokens a row | rows in 12 GiB | rows in 24 GiB |")
-    print("| --- | --- | --- | --- | --- |")
+    text = "\n\n".join("\n".join(table) for table in (small_cards(), with_and_without_quantisation(), flops()))
+    write_section(DOCUMENT, COMMAND, text)
+    print(text)
+
+
+def settings(shape: str, quantization: str, checkpointing: bool, micro_batch: int, batch_size: int) -> RunConfig:
+    return parse(
+        f"--model bigrec --backbone.name launch/shapes/{shape} --backbone.quantization {quantization} "
+        f"--backbone.gradient_checkpointing {str(checkpointing).lower()} --train.batch_size {batch_size} "
+        f"--train.micro_batch_size {micro_batch}".split()
+    )
+
+
+def rows_that_fit(planner: Planner, strategy: Strategy, memory: int) -> str:
+    return str(planner.largest(strategy, memory * GiB, refinements=1) or "none")
+
+
+def small_cards() -> Iterator[str]:
+    """Yield the lines of QLoRA's table."""
+    memories = (12, 24)
+    yield f"| backbone | checkpointing | tokens a row | {' | '.join(f'rows in {m} GiB' for m in memories)} |"
+    yield "| --- | --- | --- | --- | --- |"
     for shape in SHAPES:
-        for checkpointing in ("false", "true"):
-            config = parse(
-                f"--model bigrec --backbone.name launch/shapes/{shape} --backbone.quantization 4bit "
-                f"--backbone.gradient_checkpointing {checkpointing} --train.batch_size 128 "
-                f"--train.micro_batch_size {ROWS}".split()
-            )
-            for length in LENGTHS:
+        for checkpointing in (False, True):
+            config = settings(shape, "4bit", checkpointing, 4, 128)
+            for length in (512, 1024, 2048):
                 planner = Planner(config, NUM_ITEMS, length, gpus=1)
-                fits = [planner.largest(STRATEGIES[0], memory * GiB, refinements=1) for memory in GPU_MEMORY]
-                cells = [str(rows) if rows else "none" for rows in fits]
-                used = "yes" if checkpointing == "true" else "no"
-                print(f"| {shape} | {used} | {length:,} | {' | '.join(cells)} |", flush=True)
+                fits = [rows_that_fit(planner, ALONE, memory) for memory in memories]
+                yield f"| {shape} | {'yes' if checkpointing else 'no'} | {length:,} | {' | '.join(fits)} |"
+
+
+def with_and_without_quantisation() -> Iterator[str]:
+    """Yield the lines of a table of LoRA on three bases: 4 bits, bfloat16, and bfloat16 that waits on the host."""
+    memories = (24, 48, 80)
+    yield (
+        "| backbone | base | tokens a row | GPU, 1 row, GiB | host, GiB | "
+        f"{' | '.join(f'rows in {m} GiB' for m in memories)} |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    lengths = (512, 1024)
+    for shape in SHAPES:
+        planners = {  # kept, since what one has rehearsed serves every strategy and card
+            (quantization, length): Planner(settings(shape, quantization, True, 1, 512), NUM_ITEMS, length, gpus=1)
+            for quantization in ("4bit", "none")
+            for length in lengths
+        }
+        for base, quantization, strategy in (
+            ("4 bits", "4bit", ALONE),
+            ("bfloat16", "none", ALONE),
+            ("bfloat16, ZeRO-3 with offload", "none", OFFLOADED),
+        ):
+            for length in lengths:
+                planner = planners[quantization, length]
+                size = planner.fit(strategy, GiB).forecast
+                cells = [f"{size.total / GiB:.1f}", f"{size.host / GiB:.1f}" if size.host else "-"]
+                cells += [rows_that_fit(planner, strategy, memory) for memory in memories]
+                yield f"| {shape} | {base} | {length:,} | {' | '.join(cells)} |"
+
+
+def flops() -> Iterator[str]:
+    """Yield the lines of a table of FLOPs that one trained token takes, in units of 10^9."""
+    yield (
+        "| backbone | N, 10^9 | A, 10^6 | tokens a row | full training | LoRA | LoRA with recomputation |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    for shape in SHAPES:
+        backbone = settings(shape, "none", True, 1, 1).backbone
+        assert backbone is not None
+        model = backbone_skeleton(backbone)
+        text = causal_model(model).config.get_text_config()
+        weights = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
+        frozen, adapter = (sum(p.numel() for p in weights if p.requires_grad is trained) for trained in (False, True))
+        for length in (512, 1024):
+            attention = 2 * length * text.hidden_size * text.num_hidden_layers
+            full = 6 * frozen + 3 * attention
+            lora = 4 * frozen + 6 * adapter + 3 * attention
+            recomputed = lora + 2 * (frozen + adapter) + attention
+            cells = (f"{count / 1e9:.1f}" for count in (full, lora, recomputed))
+            yield f"| {shape} | {frozen / 1e9:.2f} | {adapter / 1e6:.1f} | {length:,} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from models.ensemble import EnsembleConfig
 from models.losses import CHUNK_ROWS
 
 from .config import RunConfig
@@ -175,5 +176,7 @@ def flags_that_would_fit(
     `longest` is the longest row in tokens (or events), `gpu_bytes` the memory of one GPU, and `strategy` the name of
     the Accelerate configuration in use. The lines are forecasts. Nothing is returned where nothing is known to fit.
     """
+    if isinstance(config.method, EnsembleConfig):
+        return []  # its members' runs are what would have to be smaller
     used = next(known for known in STRATEGIES if known.name == strategy)
     return Planner(config, num_items, longest, num_processes).remedies(gpu_bytes, used)

@@ -44,7 +44,10 @@ def load_run(path: Path) -> LoadedRun:
         load_model=load_model,
         saved=folder.model,
     )
-    built = METHODS[config.model].build(setting)
+    try:
+        built = METHODS[config.model].build(setting)
+    except ValueError as error:  # a run or a backbone that it names is no longer there
+        sys.exit(f"error: {error}")
     load_weights(built.model, folder.model / "model.safetensors")
     built.model.eval()
     return LoadedRun(folder, config, catalog, built)

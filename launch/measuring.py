@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,19 +47,40 @@ class Clock:
         }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A prepared model, how far it was trained, and the checkpoint of its best weights (None: those that it has)."""
+
+    model: nn.Module
+    progress: Progress
+    best: Path | None = None
+
+    @classmethod
+    def by(cls, trainer: Trainer) -> "Trained":
+        """What a trainer leaves."""
+        step = trainer.progress.best_step
+        return cls(trainer.model, trainer.progress, None if step is None else trainer.checkpoints.at(step))
+
+
 def finish(
-    config: RunConfig, built: Built, trainer: Trainer, parts: Split, catalog: Catalog, folder: RunFolder, clock: Clock
+    config: RunConfig,
+    built: Built,
+    trained: Trained,
+    runtime: Runtime,
+    parts: Split,
+    catalog: Catalog,
+    folder: RunFolder,
+    clock: Clock,
 ) -> None:
     """Measure the best checkpoint on validation and test, beside popularity; write the model and its results."""
-    runtime = trainer.runtime
-    model = runtime.unwrap(trainer.model)
-    if (best_step := trainer.progress.best_step) is not None:
-        restore_weights_of_main(trainer.checkpoints.at(best_step), model, runtime.is_main)
+    model = runtime.unwrap(trained.model)
+    if trained.best is not None:
+        restore_weights_of_main(trained.best, model, runtime.is_main)
     if built.calibrate is not None:
         batches = evaluation_batches(config, built, parts, "valid", runtime)
-        built.calibrate(trainer.model, batches, parts.target_items("valid"))
+        built.calibrate(trained.model, batches, parts.target_items("valid"))
     valid, test = (
-        evaluate(config, built, trainer.model, parts, phase, runtime, config.evaluation.protocol) for phase in PHASES
+        evaluate(config, built, trained.model, parts, phase, runtime, config.evaluation.protocol) for phase in PHASES
     )
     popularity = evaluate_popularity(parts, "test", **evaluator_options(config, config.evaluation.protocol))
     weights, size = weights_of(model), describe(model)
@@ -77,8 +99,8 @@ def finish(
         "popularity": popularity.as_results(),
         "examples": example_recommendations(test, parts, catalog),
         "parameters": {"total": size["parameters"], "trainable": size["trainable_parameters"]},
-        "training": {"steps": trainer.progress.step, "best_step": trainer.progress.best_step},
-        "timing": clock.timing(trainer.progress, test),
+        "training": {"steps": trained.progress.step, "best_step": trained.progress.best_step},
+        "timing": clock.timing(trained.progress, test),
     }
     folder.write_results(results)
 

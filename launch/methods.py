@@ -24,6 +24,7 @@ from models.backbone import (
 )
 from models.bigrec import BIGRec, BIGRecConfig
 from models.e4srec import E4SRec, E4SRecConfig
+from models.ensemble import EnsembleConfig
 from models.llara import ILoRAConfig, LLaRAConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.tiny import vocabulary_text
@@ -31,6 +32,7 @@ from models.title_grounding import TitleGrounding
 
 from .item_tables import item_tables
 from .llara import build_llara
+from .members import build_ensemble
 from .setting import Built, Method, Setting
 
 
@@ -133,6 +135,7 @@ def build_e4srec(setting: Setting) -> Built:
 METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
     "e4srec": Method(E4SRecConfig, build_e4srec, has_backbone=True),
+    "ensemble": Method(EnsembleConfig, build_ensemble),
     "ilora": Method(ILoRAConfig, build_llara, has_backbone=True, makes_gate=True),
     "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
     "sasrec": Method(SASRecConfig, build_sasrec),

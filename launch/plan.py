@@ -21,6 +21,7 @@ from data.item_prompts import ItemPromptSettings
 from launch.config import RunConfig, parse_with
 from launch.fitting import Fit, Planner
 from launch.memory import RESERVED, GiB
+from models.ensemble import EnsembleConfig
 
 PAGE_WIDTH = 120  # where there is no terminal to ask
 
@@ -50,6 +51,8 @@ class PlanSettings:
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 when some strategy fits, 1 when none does."""
     config, settings = parse_with(PlanSettings, argv)
+    if isinstance(config.method, EnsembleConfig):
+        sys.exit("error: --model ensemble trains a few hundred numbers: plan the runs that are its members instead")
     try:
         planner = Planner(config, settings.num_items, settings.length or longest(config), settings.gpus)
         fits = planner.fits(int(settings.gpu_memory * GiB))

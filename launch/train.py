@@ -22,7 +22,7 @@ from data.splits import Split
 from evaluation.protocols import NotEnoughItems, draw_candidates, metric_prefix
 from launch.config import RunConfig, dump, parse
 from launch.loading import load_model, read_and_split
-from launch.measuring import Clock, evaluate, finish, selection_protocol
+from launch.measuring import Clock, Trained, evaluate, finish, selection_protocol
 from launch.methods import METHODS, Built, Setting
 from launch.out_of_memory import explain, is_out_of_memory
 from launch.run_folder import RunFolder
@@ -93,6 +93,9 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
         if runtime.is_main:
             folder.begin(config, runtime)
         runtime.wait()
+        if not any(parameter.requires_grad for parameter in built.model.parameters()):
+            measure_as_it_is(config, built, interactions, parts, runtime, folder, clock)
+            return
         trainer = make_trainer(config, built, parts, runtime, folder, stop)
     except ValueError as error:  # settings that do not go together, or not with this backbone or checkpoint
         raise SystemExit(f"error: {error}" if runtime.is_main else 1) from error
@@ -101,12 +104,31 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
     try:
         with trainer.tracking:
             trainer.train()
-        finish(config, built, trainer, parts, interactions.catalog, folder, clock)
+        finish(config, built, Trained.by(trainer), runtime, parts, interactions.catalog, folder, clock)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         longest = int(trainer.loader.examples.lengths.max())
         raise SystemExit(f"error: {explain(error, config, runtime, parts.num_items, longest)}") from error
+    if runtime.is_main:
+        show_results(folder)
+    runtime.close()
+
+
+def measure_as_it_is(
+    config: RunConfig,
+    built: Built,
+    interactions: Interactions,
+    parts: Split,
+    runtime: Runtime,
+    folder: RunFolder,
+    clock: Clock,
+) -> None:
+    """Finish a run whose model has nothing to train."""
+    clock.first_batch = time.perf_counter()
+    logger.info("%s has nothing to train: it is measured as it is, %s", config.model, runtime.strategy)
+    model = runtime.accelerator.prepare_model(built.model, evaluation_mode=True)
+    finish(config, built, Trained(model, Progress()), runtime, parts, interactions.catalog, folder, clock)
     if runtime.is_main:
         show_results(folder)
     runtime.close()

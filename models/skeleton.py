@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .backbone import TINY, Backbone, BackboneConfig, cannot_load, path_of, quantization, with_lora
+from .backbone import (
+    TINY,
+    Backbone,
+    BackboneConfig,
+    cannot_load,
+    freeze_quantised,
+    path_of,
+    quantization,
+    with_lora,
+)
 from .tiny import llama_config
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share a scale, and scales that share one (double quantisation)
@@ -33,12 +42,11 @@ def backbone_skeleton(config: BackboneConfig, head: bool = True) -> Backbone:
             ),
         )
     if (method := quantization(config)) is not None:
-        from peft import prepare_model_for_kbit_training
         from transformers.quantizers import AutoHfQuantizer
 
         AutoHfQuantizer.from_config(method).preprocess_model(model, device_map=None)
         setattr(model, f"is_loaded_in_{config.quantization}", True)
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        freeze_quantised(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return with_lora(model, config, seed=0) if config.uses_lora else model.train()

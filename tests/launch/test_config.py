@@ -224,7 +224,7 @@ def test_help_says_what_every_setting_does(model: str) -> None:
     shown = " ".join(parser.format_help().partition("\noptions:")[2].split())
     assert set(parser.types) >= {
         "data.source",
-        "method.window" if model == "sasrec" else "backbone.name",
+        {"sasrec": "method.window", "ensemble": "method.members"}.get(model, "backbone.name"),
         "train.epochs",
     }
     for name in parser.types:

@@ -168,8 +168,8 @@ def test_an_8b_base_in_four_bits() -> None:
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert seen.parameters - seen.trainable_parameters == linear + 2 * 128256 * 4096 + 65 * 4096 == 8_030_261_248
     packed = linear * (1 / 2 + 1 / 64 + 4 / (64 * 256))
-    in_float32 = 4 * (2 * 128256 * 4096 + 65 * 4096)  # embeddings, head and norms, by prepare_model_for_kbit_training
-    assert seen.frozen_bytes == pytest.approx(packed + in_float32, rel=1e-4)
+    in_bfloat16 = 2 * (2 * 128256 * 4096 + 65 * 4096)  # embeddings, head and norms
+    assert seen.frozen_bytes == pytest.approx(packed + in_bfloat16, rel=1e-4)
 
 
 def test_cuda_keeps_dropout_masks_of_one_byte(folders: dict[str, str]) -> None:

@@ -280,6 +280,34 @@ def test_four_bits_are_nf4_twice_quantised_in_bfloat16_storage(backbone_root: Pa
     assert layer.compute_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_what_is_not_quantised_stays_as_it_is_stored_and_trains_alike(
+    backbone_root: Path, quantization: Any, stored: Any
+) -> None:
+    """Embeddings, head and norms are not made float32; losses are those of a base where they are."""
+    tokenizer = load_tokenizer(_stories(backbone_root))
+    ids = tokenizer("Tom liked big red trucks.", return_tensors="pt")["input_ids"]
+    trained: dict[str, list[float]] = {}
+    kept = {"float16": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    for dtype in (stored, "float32"):
+        config = _stories(backbone_root, quantization=quantization, dtype=dtype, lora_dropout=0.0)
+        model = load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True)
+        optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=2e-3)
+        trained[dtype] = []
+        for _ in range(8):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = _loss(model, ids)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            trained[dtype].append(loss.item())
+        for name in ("embed_tokens", "norm", "layers.0.input_layernorm"):
+            assert _module(model, name).weight.dtype == kept[dtype]
+    assert trained[stored][-1] < trained[stored][0] - 0.3
+    assert trained[stored] == pytest.approx(trained["float32"], abs=0.03)
+
+
 def test_lora_shape_follows_the_config(backbone_root: Path) -> None:
     config = _stories(backbone_root, lora_rank=3, lora_alpha=12, lora_targets=["q_proj"], dtype="bfloat16")
     tokenizer = load_tokenizer(config)

@@ -1,0 +1,105 @@
+"""The members of an ensemble: loaded from their run folders, checked, and asked about every validation user once."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from data.batches import Examples
+from data.loaders import EvaluationLoader, Share
+from data.member_examples import KnownScores, MemberBatch, MemberExamples
+from data.splits import Phase, Split
+from evaluation.run_folders import Run, load_run
+from models.ensemble import Ensemble, EnsembleConfig
+from trainers.runtime import best_precision
+
+from .setting import Built, Setting
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FEATURE_ROWS = 1024  # of which features are computed at once
+
+
+def build_ensemble(setting: Setting) -> Built:
+    config: EnsembleConfig = setting.method
+    if len(config.members) < 2:
+        raise ValueError(f"--method.members {config.members}: expected the folders of at least two finished runs")
+    runs = [require_member(Path(path), setting) for path in config.members]
+    members = [setting.load_model(run.folder) for run in runs]
+    model = Ensemble(config, [member.model for member in members])
+    known: dict[Phase, KnownScores] = {}  # of the split that this run trains on
+
+    def examples(split: Split, phase: Phase, trains: bool = False) -> MemberExamples:
+        said = known.get(phase) if split is setting.split else None
+        folds = None
+        if phase == "valid" and model.gates is not None:
+            folds = np.random.default_rng(setting.seed).permutation(len(split.targets(phase))) % config.folds
+        own = [] if said is not None else [member.require_full_ranking()(split, phase) for member in members]
+        return MemberExamples(split, phase, own, folds, said, trains)
+
+    def training() -> Examples:
+        known["valid"] = ask_once(model, runs, examples(setting.split, "valid"))
+        labelled = examples(setting.split, "valid", trains=True)
+        if config.fusion == "gate":
+            rows = np.arange(len(labelled.lengths))
+            parts = [labelled.collate(part) for part in np.split(rows, range(FEATURE_ROWS, len(rows), FEATURE_ROWS))]
+            model.measure_features(torch.cat([model.features(part, *part.said()) for part in parts]))
+        return labelled
+
+    return Built(model, training, examples)
+
+
+def require_member(path: Path, setting: Setting) -> Run:
+    """Return a member's run; raise ValueError where it is gone, unfinished, or of other data than the ensemble."""
+    run = load_run(path)
+    if not (path / "model" / "model.safetensors").is_file() or not run.complete:
+        of = f" of {setting.saved.parent}" if setting.saved is not None else ""
+        raise ValueError(
+            f"--method.members{of} names {path} (seen from {Path.cwd()}), where there is no finished run: bring it "
+            "back there, or train the ensemble anew with the folder where it is now"
+        )
+    if setting.saved is None and run.split_hash != setting.split.hash:
+        raise ValueError(
+            f"--method.members {path} was trained on split {run.split_hash[:12]}, and --data.* gives "
+            f"{setting.split.hash[:12]}: members and ensemble need the same data and split"
+        )
+    if json.loads((path / "model" / "catalog.json").read_text())["raw_ids"] != [*setting.catalog.raw_ids]:
+        raise ValueError(
+            f"--method.members {path} has learned another catalogue than these {setting.catalog.num_items:,} items: "
+            "members and ensemble need the same --data.item_core and files"
+        )
+    return run
+
+
+@torch.no_grad()
+def ask_once(model: Ensemble, runs: Sequence[Run], examples: MemberExamples) -> KnownScores:
+    """Return what the members say about each row: every process asks about its share, and all get all. Collective.
+
+    Call it before the model is prepared: under ZeRO-3 no weight is cut yet.
+    """
+    state = PartialState()
+    settings: list[dict[str, Any]] = [yaml.safe_load(run.config)["train"] for run in runs]
+    precisions = {best_precision(state.device) if s["precision"] == "auto" else s["precision"] for s in settings}
+    dtype = AUTOCAST.get(precisions.pop() if len(precisions) == 1 else "fp32")
+    batch_size = min(s["eval_batch_size"] for s in settings)
+    share = Share(state.process_index, state.num_processes)
+    model.to(state.device).eval()
+    told = []
+    for batch in EvaluationLoader(examples, batch_size, share, state.device):
+        assert isinstance(batch, MemberBatch)
+        with torch.autocast(state.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            scores, gate_state = model.ask_members(batch)
+        assert batch.row is not None
+        told.append((batch.row.cpu(), scores.cpu(), None if gate_state is None else gate_state.cpu()))
+    everyone = gather_object(told)
+    rows = torch.cat([row for row, _, _ in everyone])
+    order = torch.from_numpy(np.unique(rows.numpy(), return_index=True)[1])  # a loader may repeat rows
+    states = [gate_state for _, _, gate_state in everyone if gate_state is not None]
+    return KnownScores(
+        torch.cat([scores for _, scores, _ in everyone])[order], torch.cat(states)[order] if states else None
+    )
