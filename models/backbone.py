@@ -135,6 +135,11 @@ def load_backbone(
     flag, for a folder or hub id that cannot be loaded.
     """
     model = _load_base(config, tokenizer, seed, torch.device(device), trainable, head)
+    if head and not is_causal(model):
+        raise ValueError(
+            f"--backbone.name {config.name} sees what follows a token, and this method writes text: take "
+            "--backbone.causal false away, or pass a causal language model"
+        )
     if not trainable:
         return model.requires_grad_(False).eval()
     return with_lora(model, config, seed) if config.uses_lora else model.train()
@@ -297,7 +302,8 @@ def _load_pretrained(config: BackboneConfig, dtype: str, head: bool) -> PreTrain
     try:
         shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
         _set_causal(shape, config.causal)
-        model = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
+        auto: Any = AutoModelForCausalLM if head else AutoModel
+        model, loaded = auto.from_pretrained(
             path,
             config=shape,
             dtype=dtype,
@@ -305,9 +311,15 @@ def _load_pretrained(config: BackboneConfig, dtype: str, head: bool) -> PreTrain
             quantization_config=quantization(config),
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise cannot_load(config.name, "model", error) from error
+    if head and loaded["missing_keys"]:
+        raise ValueError(
+            f"--backbone.name {config.name} has no weights for {', '.join(sorted(loaded['missing_keys'])[:3])}: this "
+            "method writes text, which an encoder has not learned; pass a causal language model"
+        )
     if not head and getattr(model, "pooler", None) is not None:
         model.pooler = None  # an encoder's, which nothing here reads: DDP wants every weight to have a gradient
     if config.quantization == "4bit":
@@ -330,9 +342,10 @@ def is_causal(model: Backbone) -> bool:
     embed = body.get_input_embeddings()
     was_training = body.training
     body.eval()
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=embed.weight.device)
+    embeds = embed(torch.arange(3, device=embed.weight.device))[None].repeat(2, 1, 1)
+    embeds[1, -1] = -10 * embeds[0, 0]  # nothing that a token says: who sees it cannot miss it
     with without_adapter(model):
-        first, other = body(inputs_embeds=embed(ids), use_cache=False).last_hidden_state[:, 0]
+        first, other = body(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, 0]
     body.train(was_training)
     return torch.allclose(first.float(), other.float(), rtol=1e-3, atol=1e-4)
 

