@@ -88,6 +88,7 @@ class ItemPromptLayout:
 
     before: np.ndarray  # [P] int64, never empty
     after: np.ndarray  # [A] int64: closes a prompt; empty where every position is trained
+    trains_every_position: bool
     titles: TokenTable | None  # what stands behind an item's vector, by item
     shares_prefix: bool  # a batch holds `before` once, but for its last token
     causal: bool  # what stands on the right is not seen, so pads need no mask
@@ -125,15 +126,12 @@ class ItemPromptLayout:
         return cls(
             np.array(before, np.int64),
             np.array([] if every_position else after, np.int64),
+            every_position,
             titles,
             shares_prefix=shares_prefix and causal and not settings.published_padding,
             causal=causal and not settings.published_padding,
             published_padding=settings.published_padding,
         )
-
-    @property
-    def trains_every_position(self) -> bool:
-        return len(self.after) == 0
 
     def lengths(self, items_per_row: Sequence[np.ndarray]) -> np.ndarray:
         """Tokens of each row, [B]."""

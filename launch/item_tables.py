@@ -1,6 +1,7 @@
 """The item tables of a model that reads item vectors, from an earlier run, from titles or from chance."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -24,7 +25,7 @@ def item_tables(
     width, norm = causal_model(backbone).config.get_text_config().hidden_size, token_norm(backbone)
     titles = title_texts(setting.catalog)[1:]
 
-    def make(part: ItemTableConfig, name: str, flag: str) -> ItemTable:
+    def make(part: ItemTableConfig, name: str, flag: Literal["input", "output"]) -> ItemTable:
         source: str = part.source
         if source == "auto":
             without_run = "title" if setting.catalog.has_titles else "random"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +78,14 @@ def _e4srec(config: E4SRecConfig, backbone: Backbone, num_items: int) -> Skeleto
     width = causal_model(backbone).config.get_text_config().hidden_size
     with torch.device("meta"):
 
-        def table(part: ItemTableConfig) -> ItemTable:
+        def table(part: ItemTableConfig, flag: Literal["input", "output"]) -> ItemTable:
             own_width = SASREC_WIDTH if part.source == "sasrec" or config.sasrec is not None else width
-            return ItemTable(torch.empty(num_items + 1, own_width), part, width, norm=1.0)
+            return ItemTable(torch.empty(num_items + 1, own_width), part, width, 1.0, flag)
 
-        table_in = table(config.input)
-        model = E4SRec(config, backbone, table_in, table_in if config.output.tied else table(config.output)).train()
+        table_in = table(config.input, "input")
+        model = E4SRec(
+            config, backbone, table_in, table_in if config.output.tied else table(config.output, "output")
+        ).train()
 
     def batch(rows: int, length: int) -> ItemPromptBatch:
         slots = torch.zeros(rows * length, dtype=torch.int64)

@@ -45,8 +45,10 @@ class ItemTable(nn.Module):
 
     fixed: Tensor
 
-    def __init__(self, table_ND: Tensor, config: ItemTableConfig, width: int, norm: float, flag: str = "input") -> None:
-        """`width` is the backbone's, `norm` the mean norm of its token embeddings; `flag` is for messages.
+    def __init__(
+        self, table_ND: Tensor, config: ItemTableConfig, width: int, norm: float, flag: Literal["input", "output"]
+    ) -> None:
+        """`width` is the backbone's, `norm` the mean norm of its token embeddings, `flag` what the vectors are for.
 
         Raises ValueError where the table is of another width and nothing maps it.
         """
@@ -62,6 +64,8 @@ class ItemTable(nn.Module):
                 "mlp, or vectors of its width"
             )
         self.projector = make_projector(kind, own_width, width)
+        if flag == "output" and isinstance(self.projector, nn.Linear):
+            self.projector = nn.Linear(own_width, width, bias=False)  # it would change no score: see `operands`
         if config.scale == "backbone":
             table_ND = self._scaled(table_ND, norm)
         self.learned = nn.Embedding.from_pretrained(table_ND, freeze=False) if config.train_table else None

@@ -96,6 +96,12 @@ def test_a_user_without_history_is_read_at_the_instruction(sample, tokenizer):
     assert batch.item_slots.tolist() == [4, 5]
 
 
+def test_a_prompt_a_target_may_end_without_response(sample, tokenizer):
+    settings, layout = layout_of(sample, tokenizer, mode="prefix", response="")
+    examples = TrainingItemPrompts(sample[1], layout, settings)
+    assert examples.collate(np.arange(5), epoch=0).count == 5
+
+
 def test_published_padding_stands_between_instruction_and_items(sample, tokenizer):
     _, layout = layout_of(sample, tokenizer, mode="prefix", published_padding=True)
     batch, _, row_ends = layout.batch([np.array([7]), np.array([], np.int64)])

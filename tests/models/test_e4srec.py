@@ -15,7 +15,7 @@ from data.item_prompts import ItemPromptLayout, ItemPromptSettings
 from data.sources import read
 from data.splits import split
 from models.backbone import BackboneConfig, is_causal, load_backbone, load_tokenizer
-from models.e4srec import E4SRec, E4SRecConfig
+from models.e4srec import E4SRec, E4SRecConfig, OutputConfig
 from models.item_embeddings import ItemMatcher, ItemTable, ItemTableConfig
 from models.tiny import TinyConfig
 from tests.runs import run, start
@@ -38,7 +38,7 @@ def model_and_layouts(sample, **settings):
     tokenizer = load_tokenizer(TINY, [*catalog.titles[1:], prompts.instruction, prompts.response])
     backbone = load_backbone(TINY, tokenizer, seed=0, device="cpu", trainable=True, head=False)
     torch.manual_seed(0)
-    table = ItemTable(torch.randn(catalog.num_items + 1, 12), ItemTableConfig(), WIDTH, norm=0.3)
+    table = ItemTable(torch.randn(catalog.num_items + 1, 12), ItemTableConfig(), WIDTH, 0.3, "input")
     model = E4SRec(E4SRecConfig(prompts=prompts), backbone, table, table)
     layouts = [
         ItemPromptLayout.build(tokenizer, catalog, prompts, causal=True, shares_prefix=shares)
@@ -98,7 +98,7 @@ def test_a_bidirectional_backbone_reads_padded_rows_as_it_reads_them_alone(sampl
     assert not is_causal(backbone)
     layout = ItemPromptLayout.build(tokenizer, catalog, prompts, causal=False, shares_prefix=True)
     assert not layout.trains_every_position
-    table = ItemTable(torch.randn(catalog.num_items + 1, WIDTH), ItemTableConfig(), WIDTH, norm=0.3)
+    table = ItemTable(torch.randn(catalog.num_items + 1, WIDTH), ItemTableConfig(), WIDTH, 0.3, "input")
     model = E4SRec(E4SRecConfig(prompts=prompts), backbone, table, table).eval()
     examples = EvaluationItemPrompts(parts, "test", layout, 8)
     together = model.scores(examples.collate(np.arange(6)))
@@ -109,16 +109,32 @@ def test_a_bidirectional_backbone_reads_padded_rows_as_it_reads_them_alone(sampl
 def test_vectors_have_the_norm_of_tokens_and_another_width_needs_a_projector():
     vectors = torch.randn(50, 12)
     for projector in ("linear", "mlp"):
-        table = ItemTable(vectors, ItemTableConfig(projector=projector), WIDTH, norm=0.3)
+        table = ItemTable(vectors, ItemTableConfig(projector=projector), WIDTH, 0.3, "input")
         assert torch.isclose(table.vectors()[1:].norm(dim=1).mean(), torch.tensor(0.3), rtol=1e-4)
     with pytest.raises(ValueError, match=r"12 wide and the backbone 32.*--method.output.projector linear"):
-        ItemTable(vectors, ItemTableConfig(projector="none"), WIDTH, norm=0.3, flag="output")
+        ItemTable(vectors, ItemTableConfig(projector="none"), WIDTH, 0.3, "output")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("projector", ["linear", "mlp"])
+@pytest.mark.parametrize("match", ["dot", "cosine"])
+def test_all_that_is_trained_gets_a_gradient(sample, tied, projector, match):
+    """What would not, DDP would wait for."""
+    model, prompts, parts, (layout, _) = model_and_layouts(sample, mode="positions")
+    model = model.float()
+    vectors, settings = torch.randn(parts.num_items + 1, 12), ItemTableConfig(projector=projector)
+    table = ItemTable(vectors, settings, WIDTH, 0.3, "input")
+    own = table if tied else ItemTable(vectors, settings, WIDTH, 0.3, "output")
+    output = OutputConfig(tied=tied, match=match, projects_state=match == "cosine")
+    model = E4SRec(replace(model.config, output=output), model.backbone, table, own)
+    model.loss(TrainingItemPrompts(parts, layout, prompts).collate(np.arange(4), epoch=0)).total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
 def test_matching_in_the_tables_width_ranks_as_matching_projected_vectors(projector):
     torch.manual_seed(0)
-    table = ItemTable(torch.randn(50, 12), ItemTableConfig(projector=projector), WIDTH, norm=0.3).double()
+    table = ItemTable(torch.randn(50, 12), ItemTableConfig(projector=projector), WIDTH, 0.3, "input").double()
     with torch.no_grad():
         next(p for n, p in table.named_parameters() if n.endswith("bias")).normal_()
     states = torch.randn(4, WIDTH, dtype=torch.float64)
@@ -129,7 +145,7 @@ def test_matching_in_the_tables_width_ranks_as_matching_projected_vectors(projec
 
 def test_sampling_every_item_once_is_the_full_softmax():
     torch.manual_seed(0)
-    matcher = ItemMatcher(ItemTable(torch.randn(9, WIDTH), ItemTableConfig(), WIDTH, 1), "dot", False, WIDTH)
+    matcher = ItemMatcher(ItemTable(torch.randn(9, WIDTH), ItemTableConfig(), WIDTH, 1, "output"), "dot", False, WIDTH)
     states, targets = torch.randn(5, WIDTH), torch.tensor([1, 8, 3, 3, 2])
     full = matcher.loss(states, targets)
     sampled = matcher.sampled_loss(states, targets, torch.arange(1, 9), torch.zeros(8))

@@ -40,9 +40,11 @@ def published(meta: dict, tensors: dict[str, Tensor], run: str) -> E4SRec:
     output = OutputConfig(tied=False, projector="none", scale="none")
     config = E4SRecConfig(prompts=settings, output=output)
     table = ItemTableConfig(projector="linear", train_table=False, scale="none")
-    table_in = ItemTable(tensors["w.item_table"], table, meta["hidden"], norm=1)
+    table_in = ItemTable(tensors["w.item_table"], table, meta["hidden"], 1, "input")
     table_in.projector.load_state_dict({k: tensors[f"w.input_proj.{k}"] for k in ("weight", "bias")})
-    model = E4SRec(config, backbone, table_in, ItemTable(tensors["w.score.weight"], output, meta["hidden"], norm=1))
+    model = E4SRec(
+        config, backbone, table_in, ItemTable(tensors["w.score.weight"], output, meta["hidden"], 1, "output")
+    )
     return model.double().eval()
 
 
@@ -53,7 +55,7 @@ def histories(tensors: dict[str, Tensor]) -> list[np.ndarray]:
 def prompt_batch(tensors: dict[str, Tensor], *, as_coded: bool) -> ItemPromptBatch:
     before, after = (tensors[f"in.prompt_ids_{i}"].numpy() for i in (1, 2))
     layout = ItemPromptLayout(
-        before, after, None, shares_prefix=not as_coded, causal=not as_coded, published_padding=as_coded
+        before, after, False, None, shares_prefix=not as_coded, causal=not as_coded, published_padding=as_coded
     )
     batch, _, row_ends = layout.batch(histories(tensors))
     return ItemPromptBatch(
