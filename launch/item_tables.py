@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data.prompts import title_texts
 from data.title_tokens import TokenTable, encode
-from models.backbone import Backbone, causal_model
+from models.backbone import Backbone, BackboneConfig, causal_model, load_backbone, load_saved_tokenizer
 from models.e4srec import E4SRecConfig, item_vectors, token_norm
 from models.item_embeddings import ItemTable, ItemTableConfig, mean_token_embeddings
+from models.text_vectors import text_vectors
 
 from .setting import Setting
 
@@ -37,6 +38,8 @@ def item_tables(
             vectors = torch.randn(setting.catalog.num_items + 1, width, generator=generator)
         elif source == "title":
             vectors = mean_token_embeddings(backbone, TokenTable.of([[], *encode(tokenizer, titles)]))
+        elif source == "encoder":
+            vectors = encoded_titles(config.encoder, titles)
         elif config.sasrec is None:
             raise ValueError(
                 f"--method.{flag}.source sasrec needs --method.sasrec: a run folder or a .safetensors file"
@@ -48,6 +51,14 @@ def item_tables(
 
     table_in = make(config.input, "input", "input")
     return table_in, table_in if config.output.tied else make(config.output, "output.table", "output")
+
+
+def encoded_titles(encoder: str, titles: list[str]) -> Tensor:
+    """Return what a text encoder makes of each title, [N + 1, D]; row 0 is zero."""
+    tokenizer = load_saved_tokenizer(encoder)
+    model = load_backbone(BackboneConfig(name=encoder), tokenizer, seed=0, device="cpu", trainable=False, head=False)
+    vectors = text_vectors(model, tokenizer, titles)
+    return torch.cat([torch.zeros_like(vectors[:1]), vectors])
 
 
 def vectors_of(path: Path, setting: Setting) -> Tensor:

