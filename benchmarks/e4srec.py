@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "e4srec-cost.json"
 BACKBONES = {"tiny": [], "minilm": ["--backbone.name=minilm", "--backbone.causal=true", "--backbone.adapter=none"]}
 FLAGS = "--model e4srec --data.source amazon-beauty --method.input.source random --train.seed 0".split()
 REPEATS = 5
-USERS = 128  # a round of training
+USERS = 64  # a round of training
 PUBLISHED_BATCH = 16  # prompts of a published step, over all its processes
 EVALUATED = {"published": (8, 1), "here": (4096, 256)}  # users of a round of evaluation, and of a pass
 
