@@ -37,13 +37,24 @@ def record(folder: Path) -> dict[str, Any]:
     results = json.loads((folder / "results.json").read_text())
     environment = json.loads((folder / "environment.json").read_text())
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    for section in ("data", "backbone"):
-        settings[section] = {k: v for k, v in settings.get(section, {}).items() if k not in ("root", "cache")}
-    if "/" in str(name := settings["backbone"].get("name", "")):
-        settings["backbone"]["name"] = Path(name).name
+    for name in ("root", "cache"):
+        settings["data"].pop(name, None)
     environment.pop("command")
     kept = ("model", "dataset", "split", "header", "valid", "test", "popularity", "parameters", "training", "timing")
-    return {**{name: results[name] for name in kept if name in results}, "config": settings, "environment": environment}
+    return {
+        **{name: results[name] for name in kept if name in results},
+        "config": without_folders(settings),
+        "environment": environment,
+    }
+
+
+def without_folders(settings: Any) -> Any:
+    """Return settings in which a path of this machine is its last part only."""
+    if isinstance(settings, dict):
+        return {name: without_folders(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_folders(value) for value in settings]
+    return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
 
 
 def markdown(files: list[Path]) -> str:
