@@ -42,6 +42,13 @@ class SequenceBatch:
         return replace(self, labelled=self.labelled[:0], targets=self.targets[:0], count=0)
 
 
+def sequences_of(items: np.ndarray, lengths: np.ndarray) -> SequenceBatch:
+    """Return histories that stand one behind the other, [sum of lengths], as rows."""
+    padded = np.zeros((len(lengths), max(1, int(lengths.max()))), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = items
+    return SequenceBatch(torch.from_numpy(padded), torch.from_numpy(lengths))
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """Tokenised prompts. Training pads on the right; evaluation pads on the left, so that generation can go on.

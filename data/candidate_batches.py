@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .batches import NO_LABEL, PromptBatch, SequenceBatch
+from .batches import NO_LABEL, PromptBatch, SequenceBatch, sequences_of
 from .candidate_rows import HYBRID, TEXT, CandidateSettings, UnseenCandidates, shuffled
 from .candidate_tokens import SLOT_TOKEN, CandidateEncoder, CandidateRows, Shown
 from .draws import Draws
@@ -40,7 +40,7 @@ class CandidatePrompts:
             encoded = self.encoder.encode(Shown(history, counts, candidates, text, titles, vectors, answer))
             long = np.flatnonzero(encoded.tokens.lengths > self.settings.max_length)
             if not len(long):
-                return encoded, _sequences(history, counts)
+                return encoded, sequences_of(history, counts)
             stuck = long[start[long] == rows.position[long]]
             if len(stuck):
                 raise ValueError(
@@ -162,10 +162,3 @@ def _padded(rows: CandidateRows, side: Literal["left", "right"]) -> tuple[np.nda
     input_ids = np.full(real.shape, SLOT_TOKEN, dtype=np.int64)
     input_ids[real] = rows.tokens.ids
     return input_ids, real.astype(np.int64), rows.slot_row * width + first[rows.slot_row] + rows.slot_offset
-
-
-def _sequences(items: np.ndarray, lengths: np.ndarray) -> SequenceBatch:
-    """Histories one behind the other, as rows that are padded on the right."""
-    padded = np.zeros((len(lengths), max(1, int(lengths.max()))), dtype=np.int64)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = items
-    return SequenceBatch(torch.from_numpy(padded), torch.from_numpy(lengths))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batches import on_device
+from .batches import SequenceBatch, on_device, sequences_of
 from .interactions import Catalog
 from .prompts import title_texts
 from .title_tokens import TokenTable, encode
@@ -62,7 +62,7 @@ class ItemPromptBatch:
 
     input_ids: Tensor  # [B, L] int64, padding where a vector stands
     attention_mask: Tensor | None  # [B, L] int64; None where the causal mask does
-    item_slots: Tensor  # [S] int64: where the vector of an item stands
+    item_slots: Tensor  # [S] int64, ascending: where the vector of an item stands
     slot_items: Tensor  # [S] int64: those items
     labelled: Tensor  # [T] int64: slots that are read; in evaluation one a row
     targets: Tensor | None = None  # [T] int64, training only: the items to be read there
@@ -70,6 +70,7 @@ class ItemPromptBatch:
     negatives: Tensor | None = None  # [K] int64, shared by all labels
     log_q: Tensor | None = None  # [K] float32: log-probability with which each was drawn
     row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
+    history: SequenceBatch | None = None  # the same items, for models that also hold an ID recommender
     count: int = 0
 
     def to(self, device: torch.device) -> "ItemPromptBatch":
@@ -93,6 +94,7 @@ class ItemPromptLayout:
     shares_prefix: bool  # a batch holds `before` once, but for its last token
     causal: bool  # what stands on the right is not seen, so pads need no mask
     published_padding: bool = False
+    with_history: bool = False  # batches carry their items as sequences, too
 
     @classmethod
     def build(
@@ -103,14 +105,24 @@ class ItemPromptLayout:
         *,
         causal: bool,
         shares_prefix: bool,
+        gated: bool = False,
+        with_history: bool = False,
     ) -> "ItemPromptLayout":
-        """Encode the pieces. Raises ValueError where settings do not go together, naming the flags."""
+        """Encode the pieces. Raises ValueError where settings do not go together, naming the flags.
+
+        `gated` says that the backbone adapts to the user of each row, so that no tokens are shared by several.
+        """
+        if settings.mode == "positions" and gated:
+            raise ValueError(
+                "--method.prompts.mode positions reads many states of a user in one pass, and a gate is made from one "
+                "of them: pass --method.prompts.mode prefix, or --backbone.adapter lora"
+            )
         if settings.mode == "positions" and not causal:
             raise ValueError(
                 "--method.prompts.mode positions needs a causal backbone, and this one sees what follows: pass "
                 "--backbone.causal true or --method.prompts.mode prefix"
             )
-        every_position = settings.mode == "positions" or (settings.mode == "auto" and causal)
+        every_position = settings.mode == "positions" or (settings.mode == "auto" and causal and not gated)
         if settings.published_padding and every_position:
             raise ValueError("--method.prompts.published_padding true needs --method.prompts.mode prefix")
         before, after = encode(tokenizer, [settings.instruction, settings.response])
@@ -128,9 +140,10 @@ class ItemPromptLayout:
             np.array([] if every_position else after, np.int64),
             every_position,
             titles,
-            shares_prefix=shares_prefix and causal and not settings.published_padding,
+            shares_prefix=shares_prefix and causal and not gated and not settings.published_padding,
             causal=causal and not settings.published_padding,
             published_padding=settings.published_padding,
+            with_history=with_history,
         )
 
     def lengths(self, items_per_row: Sequence[np.ndarray]) -> np.ndarray:
@@ -167,6 +180,7 @@ class ItemPromptLayout:
             ids[i, lengths[i] - len(self.after) : lengths[i]] = self.after
             mask[i, : len(before)] = mask[i, first : lengths[i]] = 1
         items = np.concatenate([np.asarray(items, np.int64) for items in histories])
+        counts = np.array([len(history) for history in histories], np.int64)
         batch = ItemPromptBatch(
             torch.from_numpy(ids),
             None if self.causal else torch.from_numpy(mask),
@@ -174,6 +188,7 @@ class ItemPromptLayout:
             torch.from_numpy(items),
             torch.zeros(0, dtype=torch.int64),
             prefix_ids=torch.from_numpy(self.before[:-1]) if self.shares_prefix and len(self.before) > 1 else None,
+            history=sequences_of(items, counts) if self.with_history else None,
         )
         return batch, np.concatenate(ends), np.arange(len(ids)) * ids.shape[1] + lengths - 1
 

@@ -1,5 +1,7 @@
 """LLaRA and iLoRA, built from a catalogue, a backbone and an ID recommender."""
 
+from pathlib import Path
+
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +23,8 @@ from .setting import Built, Setting
 def build_llara(setting: Setting) -> Built:
     config: LLaRAConfig = setting.method
     assert setting.backbone is not None
-    prompts, sasrec = config.prompts, inner_sasrec(setting, config)
+    prompts = config.prompts
+    sasrec = inner_sasrec(setting, config.sasrec, "history_length", prompts.history_length)
     tokenizer = tokenizer_of(setting, config)
     encoder = CandidateEncoder.build(tokenizer, setting.catalog, prompts)
     backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True)
@@ -52,9 +55,11 @@ def tokenizer_of(setting: Setting, config: LLaRAConfig) -> PreTrainedTokenizerFa
     return load_tokenizer(setting.backbone, vocabulary_text(titles, setting.split.item_counts(), texts))
 
 
-def inner_sasrec(setting: Setting, config: LLaRAConfig) -> SASRec | SASRecLLaRA | None:
-    """The ID recommender that --method.sasrec names; raises ValueError where it is not one or reads too little."""
-    path = config.sasrec
+def inner_sasrec(setting: Setting, path: Path | None, flag: str, shown: int) -> SASRec | SASRecLLaRA | None:
+    """The ID recommender that --method.sasrec names; raises ValueError where it is not one.
+
+    Or where it reads fewer events than the `shown` of a prompt, which --method.prompts.<flag> sets.
+    """
     if path is None:
         return None
     sasrec: object
@@ -75,9 +80,9 @@ def inner_sasrec(setting: Setting, config: LLaRAConfig) -> SASRec | SASRecLLaRA 
             f"{setting.catalog.num_items:,}: it belongs to other data or another --data.item_core"
         )
     window = sasrec.config.window if isinstance(sasrec, SASRec) else sasrec.window
-    if window < config.prompts.history_length:
+    if window < shown:
         raise ValueError(
-            f"--method.sasrec {path} reads {window} events, and prompts show {config.prompts.history_length}: pass "
-            f"--method.prompts.history_length {window}"
+            f"--method.sasrec {path} reads {window} events, and prompts show {shown}: pass --method.prompts.{flag} "
+            f"{window}"
         )
     return sasrec

@@ -25,13 +25,15 @@ from models.backbone import (
 from models.bigrec import BIGRec, BIGRecConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.ensemble import EnsembleConfig
+from models.ilora_items import ILoRAItems, ILoRAItemsConfig
 from models.llara import ILoRAConfig, LLaRAConfig
+from models.moe_lora import find_gate
 from models.sasrec import SASRec, SASRecConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
 from .item_tables import item_tables
-from .llara import build_llara
+from .llara import build_llara, inner_sasrec
 from .members import build_ensemble
 from .setting import Built, Method, Setting
 
@@ -98,10 +100,16 @@ def build_bigrec(setting: Setting) -> Built:
     )
 
 
-def build_e4srec(setting: Setting) -> Built:
-    config: E4SRecConfig = setting.method
+def build_item_reader(setting: Setting) -> Built:
+    """E4SRec, or iLoRA's items: the same prompts around other vectors."""
+    config: E4SRecConfig | ILoRAItemsConfig = setting.method
     assert setting.backbone is not None
     split, catalog, prompts = setting.split, setting.catalog, config.prompts
+    sasrec = None
+    if isinstance(config, ILoRAItemsConfig):
+        sasrec = inner_sasrec(setting, config.sasrec, "max_history", prompts.max_history)
+        if sasrec is None:
+            raise ValueError("ilora-items reads the states of an ID recommender: pass --method.sasrec, a run of sasrec")
     texts = title_texts(catalog)
     if setting.saved is not None:
         tokenizer = load_saved_tokenizer(str(setting.saved / "tokenizer"))
@@ -115,8 +123,15 @@ def build_e4srec(setting: Setting) -> Built:
         prompts,
         causal=is_causal(backbone),
         shares_prefix=not setting.backbone.gradient_checkpointing,  # which keeps no keys and values
+        gated=find_gate(backbone) is not None,
+        with_history=sasrec is not None,
     )
-    table_in, table_out = item_tables(setting, config, backbone, tokenizer)
+    model: E4SRec | ILoRAItems
+    if isinstance(config, ILoRAItemsConfig):
+        assert sasrec is not None
+        model = ILoRAItems(config, backbone, sasrec)
+    else:
+        model = E4SRec(config, backbone, *item_tables(setting, config, backbone, tokenizer))
 
     def training() -> Examples:
         negatives = None
@@ -125,7 +140,7 @@ def build_e4srec(setting: Setting) -> Built:
         return TrainingItemPrompts(split, layout, prompts, negatives)
 
     return Built(
-        E4SRec(config, backbone, table_in, table_out),
+        model,
         training,
         lambda split, phase: EvaluationItemPrompts(split, phase, layout, prompts.max_history),
         tokenizer,
@@ -134,9 +149,10 @@ def build_e4srec(setting: Setting) -> Built:
 
 METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
-    "e4srec": Method(E4SRecConfig, build_e4srec, has_backbone=True),
+    "e4srec": Method(E4SRecConfig, build_item_reader, has_backbone=True),
     "ensemble": Method(EnsembleConfig, build_ensemble),
     "ilora": Method(ILoRAConfig, build_llara, has_backbone=True, makes_gate=True),
+    "ilora-items": Method(ILoRAItemsConfig, build_item_reader, has_backbone=True, makes_gate=True),
     "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
     "sasrec": Method(SASRecConfig, build_sasrec),
 }

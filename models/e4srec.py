@@ -17,7 +17,15 @@ from data.item_prompts import ItemPromptBatch, ItemPromptSettings
 
 from .backbone import Backbone, causal_model
 from .base import Loss, Recommender
-from .item_embeddings import ItemMatcher, ItemTable, ItemTableConfig, Match, put_vectors
+from .item_embeddings import (
+    ItemMatcher,
+    ItemTable,
+    ItemTableConfig,
+    Match,
+    ProjectedTable,
+    identity_map,
+    put_vectors,
+)
 
 
 @dataclass
@@ -33,20 +41,11 @@ class OutputConfig(ItemTableConfig):
 
 
 @dataclass
-class E4SRecConfig:
-    """Prompts, item vectors, and the loss over the catalogue."""
+class ItemReaderConfig:
+    """Prompts, and the loss over the catalogue."""
 
     prompts: ItemPromptSettings = field(default_factory=ItemPromptSettings)
     """Text around the items, and which positions are trained."""
-    sasrec: Path | None = None
-    """Whose item vectors `source: sasrec` takes: a run folder of sasrec or e4srec (there, what the backbone reads), or
-    a .safetensors file with one table [N + 1, D]."""
-    encoder: str = "minilm"
-    """Text encoder of `source: encoder`: minilm, a folder or a hub id. It is read once, not trained."""
-    input: ItemTableConfig = field(default_factory=ItemTableConfig)
-    """Item vectors that the backbone reads."""
-    output: OutputConfig = field(default_factory=OutputConfig)
-    """Item vectors that score the catalogue; the paper's head is tied false, source random."""
     loss: Literal["cross-entropy", "sampled-cross-entropy"] = "cross-entropy"
     """Softmax over the catalogue, or over the target and sampled items with logQ correction."""
     num_negatives: int = 1024
@@ -57,40 +56,55 @@ class E4SRecConfig:
     """Dropout on the item vectors that are read, and on the states that are matched."""
 
 
-class E4SRec(Recommender):
-    """A backbone without language-model head between two item tables."""
+@dataclass
+class E4SRecConfig(ItemReaderConfig):
+    """Prompts, item vectors, and the loss over the catalogue."""
 
-    def __init__(self, config: E4SRecConfig, backbone: Backbone, table_in: ItemTable, table_out: ItemTable) -> None:
+    sasrec: Path | None = None
+    """Whose item vectors `source: sasrec` takes: a run folder of sasrec or e4srec (there, what the backbone reads), or
+    a .safetensors file with one table [N + 1, D]."""
+    encoder: str = "minilm"
+    """Text encoder of `source: encoder`: minilm, a folder or a hub id. It is read once, not trained."""
+    input: ItemTableConfig = field(default_factory=ItemTableConfig)
+    """Item vectors that the backbone reads."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """Item vectors that score the catalogue; the paper's head is tied false, source random."""
+
+
+class ItemReader(Recommender):
+    """A backbone without language-model head: it reads item vectors, and its states are matched with all items."""
+
+    def __init__(
+        self, config: ItemReaderConfig, backbone: Backbone, table_in: ProjectedTable, output: ItemMatcher
+    ) -> None:
         super().__init__()
-        self.config, self.backbone = config, backbone
-        width = causal_model(backbone).config.get_text_config().hidden_size
-        self.input = table_in
-        output = config.output
-        self.output = ItemMatcher(table_out, output.match, output.projects_state, width)
-        self.with_padding = config.prompts.published_padding
-        named = {"input.fixed": table_in, "output.table.fixed": table_out}
-        distinct = {id(table): name for name, table in reversed(named.items()) if table.fixed is not None}
-        self.saved_buffers = tuple(distinct.values())
+        self.backbone, self.input, self.output = backbone, table_in, output
+        self.dropout, self.with_padding = config.dropout, config.prompts.published_padding
 
     def loss(self, batch: ItemPromptBatch) -> Loss:  # type: ignore[override]
-        assert batch.targets is not None
-        states = self.read(batch)
-        if batch.negatives is None:
-            total = self.output.loss(states, batch.targets, with_padding=self.with_padding)
-        else:
-            assert batch.log_q is not None
-            total = self.output.sampled_loss(states, batch.targets, batch.negatives, batch.log_q)
-        return Loss(total, batch.count)
+        return Loss(self.ranking_loss(self.read(batch), batch), batch.count)
 
     def scores(self, batch: ItemPromptBatch) -> Tensor:  # type: ignore[override]
         return self.output(self.read(batch))
 
+    def ranking_loss(self, states_TH: Tensor, batch: ItemPromptBatch) -> Tensor:
+        """Return the summed softmax loss of the labels, over the catalogue or the batch's negatives."""
+        assert batch.targets is not None
+        if batch.negatives is None:
+            return self.output.loss(states_TH, batch.targets, with_padding=self.with_padding)
+        assert batch.log_q is not None
+        return self.output.sampled_loss(states_TH, batch.targets, batch.negatives, batch.log_q)
+
     def read(self, batch: ItemPromptBatch) -> Tensor:
         """Return the states at the labelled slots, [T, H]."""
+        return self.read_vectors(batch, self.input(batch.slot_items))
+
+    def read_vectors(self, batch: ItemPromptBatch, vectors_SH: Tensor) -> Tensor:
+        """Return the states at the labelled slots, [T, H], where these vectors stand for the items."""
         body = causal_model(self.backbone)
         embed = body.get_input_embeddings()
-        vectors = F.dropout(self.input(batch.slot_items), self.config.dropout, self.training)
-        embeds = put_vectors(embed(batch.input_ids), batch.item_slots, vectors)
+        vectors_SH = F.dropout(vectors_SH, self.dropout, self.training)
+        embeds = put_vectors(embed(batch.input_ids), batch.item_slots, vectors_SH)
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         if batch.prefix_ids is None:
             states = body(
@@ -103,7 +117,20 @@ class E4SRec(Recommender):
             positions = positions + len(batch.prefix_ids)
             states = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
         read = states.last_hidden_state.flatten(0, 1).index_select(0, batch.labelled)
-        return F.dropout(read, self.config.dropout, self.training)
+        return F.dropout(read, self.dropout, self.training)
+
+
+class E4SRec(ItemReader):
+    """A backbone between two item tables of its own."""
+
+    def __init__(self, config: E4SRecConfig, backbone: Backbone, table_in: ItemTable, table_out: ItemTable) -> None:
+        width = causal_model(backbone).config.get_text_config().hidden_size
+        mapped = identity_map(width) if config.output.projects_state else None
+        super().__init__(config, backbone, table_in, ItemMatcher(table_out, config.output.match, mapped))
+        self.config = config
+        named = {"input.fixed": table_in, "output.table.fixed": table_out}
+        distinct = {id(table): name for name, table in reversed(named.items()) if table.fixed is not None}
+        self.saved_buffers = tuple(distinct.values())
 
 
 def shared_by(cache: DynamicCache, rows: int) -> DynamicCache:

@@ -4,6 +4,7 @@ A table of vectors [N + 1, D] from anywhere (random, an ID recommender's, the me
 learned or fixed, perhaps projected to the backbone's width H, and scaled to the norm of its token embeddings.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,41 +42,17 @@ class ItemTableConfig:
     """backbone: the mean norm of what the model reads is that of its token embeddings; none: as the vectors come."""
 
 
-class ItemTable(nn.Module):
+class ProjectedTable(nn.Module):
     """Vectors of items 1..N, row 0 for padding; `forward` gives them as the backbone reads them."""
 
-    fixed: Tensor
-
-    def __init__(
-        self, table_ND: Tensor, config: ItemTableConfig, width: int, norm: float, flag: Literal["input", "output"]
-    ) -> None:
-        """`width` is the backbone's, `norm` the mean norm of its token embeddings, `flag` what the vectors are for.
-
-        Raises ValueError where the table is of another width and nothing maps it.
-        """
+    def __init__(self, projector: nn.Module) -> None:
         super().__init__()
-        table_ND = table_ND.float()
-        own_width = table_ND.shape[1]
-        kind = config.projector
-        if kind == "auto":
-            kind = "none" if own_width == width else "linear"
-        if kind == "none" and own_width != width:
-            raise ValueError(
-                f"item vectors are {own_width} wide and the backbone {width}: pass --method.{flag}.projector linear or "
-                "mlp, or vectors of its width"
-            )
-        self.projector = make_projector(kind, own_width, width)
-        if flag == "output" and isinstance(self.projector, nn.Linear):
-            self.projector = nn.Linear(own_width, width, bias=False)  # it would change no score: see `operands`
-        if config.scale == "backbone":
-            table_ND = self._scaled(table_ND, norm)
-        self.learned = nn.Embedding.from_pretrained(table_ND, freeze=False) if config.train_table else None
-        self.register_buffer("fixed", None if config.train_table else table_ND)
+        self.projector = projector
 
     @property
+    @abstractmethod
     def table(self) -> Tensor:
         """The vectors before projection, [N + 1, D]."""
-        return self.fixed if self.learned is None else self.learned.weight
 
     def forward(self, items: Tensor) -> Tensor:
         """Item ids of any shape -> [..., H]."""
@@ -96,15 +73,55 @@ class ItemTable(nn.Module):
         """Return [N + 1, H], what the model reads for each item; row 0 means nothing."""
         return self.projector(self.table)
 
-    def _scaled(self, table_ND: Tensor, norm: float) -> Tensor:
-        """Bring the mean norm of the projected vectors to `norm`, at the last linear map where there is one."""
-        with torch.no_grad():
-            factor = norm / self.projector(table_ND[1:]).norm(dim=1).mean().clamp(min=1e-12)
-            linear_maps = [module for module in self.projector.modules() if isinstance(module, nn.Linear)]
-            if not linear_maps:
-                return table_ND * factor
-            linear_maps[-1].weight *= factor
-        return table_ND
+
+class ItemTable(ProjectedTable):
+    """A table of its own, learned or fixed."""
+
+    fixed: Tensor
+
+    def __init__(
+        self, table_ND: Tensor, config: ItemTableConfig, width: int, norm: float, flag: Literal["input", "output"]
+    ) -> None:
+        """`width` is the backbone's, `norm` the mean norm of its token embeddings, `flag` what the vectors are for.
+
+        Raises ValueError where the table is of another width and nothing maps it.
+        """
+        table_ND = table_ND.float()
+        own_width = table_ND.shape[1]
+        kind = config.projector
+        if kind == "auto":
+            kind = "none" if own_width == width else "linear"
+        if kind == "none" and own_width != width:
+            raise ValueError(
+                f"item vectors are {own_width} wide and the backbone {width}: pass --method.{flag}.projector linear or "
+                "mlp, or vectors of its width"
+            )
+        projector = make_projector(kind, own_width, width)
+        if flag == "output" and isinstance(projector, nn.Linear):
+            projector = nn.Linear(own_width, width, bias=False)  # it would change no score: see `operands`
+        super().__init__(projector)
+        if config.scale == "backbone":
+            table_ND = scaled(table_ND, projector, norm)
+        self.learned = nn.Embedding.from_pretrained(table_ND, freeze=False) if config.train_table else None
+        self.register_buffer("fixed", None if config.train_table else table_ND)
+
+    @property
+    def table(self) -> Tensor:
+        return self.fixed if self.learned is None else self.learned.weight
+
+
+@torch.no_grad()
+def scaled(table_ND: Tensor, projector: nn.Module, norm: float) -> Tensor:
+    """Bring the mean norm of the projected rows 1..N to `norm`, by the last linear map where there is one.
+
+    Returns the table, which is scaled itself where no map is.
+    """
+    factor = norm / projector(table_ND[1:]).norm(dim=1).mean().clamp(min=1e-12)
+    linear_maps = [module for module in projector.modules() if isinstance(module, nn.Linear)]
+    if not linear_maps:
+        return table_ND * factor
+    linear_maps[-1].weight *= factor
+    return table_ND
 
 
 @torch.no_grad()
@@ -135,17 +152,22 @@ def make_projector(kind: str, width: int, out_width: int) -> nn.Module:
     return layers[0] if kind == "linear" else nn.Sequential(layers[0], nn.GELU(), layers[1])
 
 
+def identity_map(width: int) -> nn.Linear:
+    """A linear map [..., width] -> [..., width] that learns from the identity on."""
+    linear = nn.Linear(width, width)
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class ItemMatcher(nn.Module):
     """Scores of the catalogue: products of a state with every item's vector, or scaled cosines."""
 
-    def __init__(self, table: ItemTable, match: Match, projects_state: bool, width: int) -> None:
+    def __init__(self, table: ProjectedTable, match: Match = "dot", state_projector: nn.Module | None = None) -> None:
+        """`state_projector` maps states before they are matched."""
         super().__init__()
         self.table, self.match = table, match
-        self.state_projector: nn.Module = nn.Identity()
-        if projects_state:
-            self.state_projector = nn.Linear(width, width)
-            nn.init.eye_(self.state_projector.weight)
-            nn.init.zeros_(self.state_projector.bias)
+        self.state_projector = state_projector or nn.Identity()
         self.log_scale = nn.Parameter(torch.tensor(START_SCALE).log()) if match == "cosine" else None
 
     def operands(self, states_TH: Tensor, items: slice | Tensor = slice(1, None)) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 T labelled positions, H width, K negatives, N classes (items, or tokens of a vocabulary).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,24 +13,30 @@ from torch import Tensor
 CHUNK_ROWS = 1024  # rows of logits alive at once: [1024, 3417] float32 is 14 MB, which stays in a CPU's cache
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Full softmax cross-entropy whose [T, N] logits exist one chunk at a time.
+# (logits [C, N], which it may overwrite, and their rows) -> their summed loss and the gradient of the logits.
+LossOfLogits = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+class _Chunked(torch.autograd.Function):
+    """A loss over a softmax whose [T, N] logits exist one chunk at a time.
 
     The gradient is known as soon as a chunk's softmax is, so the forward pass computes it there and the backward
     pass only scales it: three matrix products in all, no recomputation.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int) -> Tensor:
+    def forward(ctx: Any, hidden_TH: Tensor, table_NH: Tensor, loss_of_logits: LossOfLogits, chunk_rows: int) -> Tensor:
         total = hidden_TH.new_zeros((), dtype=_accumulation_dtype(hidden_TH))
         grad_hidden = torch.empty_like(hidden_TH) if hidden_TH.requires_grad else None
         grad_table = torch.zeros_like(table_NH, dtype=total.dtype) if table_NH.requires_grad else None
         for start in range(0, len(hidden_TH), chunk_rows):
-            hidden, target = hidden_TH[start : start + chunk_rows], target_T[start : start + chunk_rows, None]
-            loss, grad = _loss_and_gradient(hidden, table_NH, target, total.dtype)
+            rows = slice(start, start + chunk_rows)
+            hidden = hidden_TH[rows]
+            loss, grad = loss_of_logits((hidden @ table_NH.T).to(total.dtype), rows)
+            grad = grad.to(hidden.dtype)
             total += loss
             if grad_hidden is not None:
-                torch.mm(grad, table_NH, out=grad_hidden[start : start + chunk_rows])
+                torch.mm(grad, table_NH, out=grad_hidden[rows])
             if grad_table is not None:
                 grad_table += grad.T @ hidden
             del grad  # or the next chunk's logits would be made beside it
@@ -42,30 +49,55 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *grads, None, None
 
 
-def _loss_and_gradient(
-    hidden_CH: Tensor, table_NH: Tensor, target_C1: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return a chunk's summed loss, and the gradient of its logits [C, N] in the type of `hidden_CH`."""
-    logits = (hidden_CH @ table_NH.T).to(dtype)
-    largest = logits.amax(dim=1, keepdim=True)
-    positive = logits.gather(1, target_C1) - largest
-    exponentials = logits.sub_(largest).exp_()  # one exponential an entry serves the loss and the gradient
-    normaliser = exponentials.sum(dim=1, keepdim=True)
-    loss = (normaliser.log() - positive).sum()
-    softmax = exponentials.div_(normaliser)
-    softmax.scatter_add_(1, target_C1, torch.full_like(normaliser, -1))
-    return loss, softmax.to(hidden_CH.dtype)
-
-
 def full_cross_entropy(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
     """Sum of -log softmax(h E^T)[target] over the rows of `table_NH`, [T, N] logits never existing at once.
 
     For a catalogue pass the table without its padding row, and targets counted from there: `table[1:]`, `item - 1`.
     """
+
+    def loss_of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        target = target_T[rows, None]
+        largest = logits.amax(dim=1, keepdim=True)
+        positive = logits.gather(1, target) - largest
+        exponentials = logits.sub_(largest).exp_()  # one exponential an entry serves the loss and the gradient
+        normaliser = exponentials.sum(dim=1, keepdim=True)
+        loss = (normaliser.log() - positive).sum()
+        softmax = exponentials.div_(normaliser)
+        return loss, softmax.scatter_add_(1, target, torch.full_like(normaliser, -1))
+
+    return _in_chunks(hidden_TH, table_NH, loss_of_logits, chunk_rows)
+
+
+def kl_divergence(
+    hidden_TH: Tensor,
+    table_NH: Tensor,
+    teacher_TD: Tensor,
+    teacher_ND: Tensor,
+    temperature: float = 1.0,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Tensor:
+    """Sum over rows of t^2 KL(softmax(u V^T / t) || softmax(h E^T / t)); the teacher u, V gets no gradient.
+
+    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; by t^2 the
+    gradients keep their size at any temperature.
+    """
+    teacher_TD, teacher_ND = teacher_TD.detach(), teacher_ND.detach()
+
+    def loss_of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        wanted = ((teacher_TD[rows] @ teacher_ND.T).to(logits.dtype) / temperature).log_softmax(dim=1)
+        found = logits.div_(temperature).log_softmax(dim=1)
+        probability = wanted.exp()
+        loss = temperature**2 * (probability * wanted.sub_(found)).sum()
+        return loss, found.exp_().sub_(probability).mul_(temperature)
+
+    return _in_chunks(hidden_TH, table_NH, loss_of_logits, chunk_rows)
+
+
+def _in_chunks(hidden_TH: Tensor, table_NH: Tensor, loss_of_logits: LossOfLogits, chunk_rows: int) -> Tensor:
     if torch.is_autocast_enabled(hidden_TH.device.type):
         dtype = torch.get_autocast_dtype(hidden_TH.device.type)
         hidden_TH, table_NH = hidden_TH.to(dtype), table_NH.to(dtype)
-    return _ChunkedCrossEntropy.apply(hidden_TH, table_NH, target_T, chunk_rows)
+    return _Chunked.apply(hidden_TH, table_NH, loss_of_logits, chunk_rows)
 
 
 def binary_cross_entropy(positive_T: Tensor, negative_TK: Tensor) -> Tensor:

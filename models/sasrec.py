@@ -156,6 +156,10 @@ class SASRec(Recommender):
         """The item vectors, [N + 1, H]; row 0 is padding."""
         return self.item_embedding.weight
 
+    def operands(self, states_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, H] and [N + 1, H] whose products are the scores that states give to the items."""
+        return states_TH, self.item_table
+
     def positions(self, batch: SequenceBatch) -> Tensor:
         """Return [B, L] positions that end at `window`, so that the newest event always has the same one."""
         slots = torch.arange(batch.items.shape[1], device=batch.items.device)
@@ -187,7 +191,8 @@ class SASRec(Recommender):
     def scores(self, batch: SequenceBatch) -> Tensor:  # type: ignore[override]
         last = self.user_states(batch)
         with torch.autocast(last.device.type, enabled=False):
-            scores = last.float() @ self.item_embedding.weight.float().T
+            query, table = self.operands(last.float())
+            scores = query @ table.float().T
         scores[:, 0] = -torch.inf
         return scores
 

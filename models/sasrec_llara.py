@@ -70,11 +70,17 @@ class SASRecLLaRA(nn.Module):
         """Return the state after the last event, [B, H]."""
         return last_states(self.states(batch), batch.lengths)
 
+    def operands(self, states_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, H + 1] and [N + 1, H + 1] whose products are the scores that states give to the items."""
+        biased = torch.cat([self.item_scores.weight, self.item_scores.bias[:, None]], dim=1)
+        return F.pad(states_TH, (0, 1), value=1.0), biased
+
     def scores(self, batch: SequenceBatch) -> Tensor:
         """Return scores [B, N + 1] float32, column 0 (padding) at -inf."""
         users = self.user_states(batch)
         with torch.autocast(users.device.type, enabled=False):
-            scores = self.item_scores(users.float())
+            query, table = self.operands(users.float())
+            scores = query @ table.T
         scores[:, 0] = -torch.inf
         return scores
 

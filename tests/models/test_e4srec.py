@@ -146,7 +146,7 @@ def test_matching_in_the_tables_width_ranks_as_matching_projected_vectors(projec
 
 def test_sampling_every_item_once_is_the_full_softmax():
     torch.manual_seed(0)
-    matcher = ItemMatcher(ItemTable(torch.randn(9, WIDTH), ItemTableConfig(), WIDTH, 1, "output"), "dot", False, WIDTH)
+    matcher = ItemMatcher(ItemTable(torch.randn(9, WIDTH), ItemTableConfig(), WIDTH, 1, "output"))
     states, targets = torch.randn(5, WIDTH), torch.tensor([1, 8, 3, 3, 2])
     full = matcher.loss(states, targets)
     sampled = matcher.sampled_loss(states, targets, torch.arange(1, 9), torch.zeros(8))
