@@ -177,9 +177,10 @@ def _require_known(path: str, settings: dict[str, Any], parser: SettingsParser, 
     for key, value in settings.items():
         name = f"{section}{key}"
         parser.require_known(name, path)
-        if isinstance(value, dict):
+        inside = [other for other in parser.types if other.startswith(f"{name}.")]
+        if inside and isinstance(value, dict):  # elsewhere a dict is a value: the names in it are the user's own
             _require_known(path, value, parser, f"{name}.")
-        elif inside := [other for other in parser.types if other.startswith(f"{name}.")]:
+        elif inside:
             sys.exit(f"error: {path}: {name} is {value}; expected settings below it, such as {inside[0]}")
 
 

@@ -199,7 +199,7 @@ CHANGED = {
 EVERYWHERE = (
     "--data.source 2020 --data.root some/where --data.columns.user who --train.max_steps 9 --train.betas [0.5,0.75] "
     "--train.lr 1e-5 --train.trackers [] --train.patience null --evaluation.cutoffs [3,10] "
-    "--train.group_by_length epoch"
+    '--train.group_by_length epoch --train.lr_multipliers {"backbone":0.1,"backbone.layers":0.5}'
 )
 
 
