@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.losses import binary_cross_entropy, full_cross_entropy, gbce, gbce_beta, sampled_cross_entropy
+from models.losses import (
+    binary_cross_entropy,
+    full_cross_entropy,
+    gbce,
+    gbce_beta,
+    kl_divergence,
+    sampled_cross_entropy,
+)
 
 ROWS, WIDTH, CLASSES = 37, 8, 53
 
@@ -33,6 +40,28 @@ def test_chunked_cross_entropy_is_torchs(chunk_rows: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
     for own, reference in zip(gradients(ours, hidden, table), gradients(theirs, hidden, table), strict=True):
         torch.testing.assert_close(own, reference, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, ROWS, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_chunked_kl_divergence_is_torchs(chunk_rows: int, temperature: float) -> None:
+    hidden, table, _ = problem()
+    teacher, items = torch.randn(ROWS, 5, dtype=torch.float64), torch.randn(CLASSES, 5, dtype=torch.float64)
+    teacher.requires_grad_()
+    ours = kl_divergence(hidden, table, teacher, items, temperature, chunk_rows)
+    wanted, found = (teacher @ items.T / temperature).detach(), hidden @ table.T / temperature
+    theirs = F.kl_div(found.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True) * temperature**2
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    for own, reference in zip(gradients(ours, hidden, table), gradients(theirs, hidden, table), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-11, atol=1e-13)
+    assert not torch.autograd.grad(ours, [teacher], allow_unused=True)[0]
+
+
+def test_equal_distributions_do_not_diverge() -> None:
+    hidden, table, _ = problem()
+    loss = kl_divergence(hidden, table, hidden, table)
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert all(gradient.abs().max() < 1e-12 for gradient in gradients(loss, hidden, table))
 
 
 def test_large_logits_do_not_overflow() -> None:
