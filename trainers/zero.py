@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 # Moments of AdamW by the names that torch gives them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,6 +46,9 @@ class Zero:
 
     def __init__(self, accelerator: Accelerator, precision: str) -> None:
         self.accelerator, self.precision = accelerator, precision
+        # Accelerate would have transformers cut weights while it loads them. `spread` does that, once what is asked of
+        # whole ones has been answered: the norm of the token embeddings, and who sees whom.
+        unset_hf_deepspeed_config()
         self.config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
         self.stage = int(self.config.get("zero_optimization", {}).get("stage", 0))
         if precision == "fp16":
