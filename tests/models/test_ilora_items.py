@@ -223,13 +223,16 @@ def test_distillation_is_what_is_computed_by_hand(sample, mode, kind):
 @pytest.mark.parametrize("kind", ["mse", "cosine", "kl"])
 def test_distillation_is_zero_where_the_model_says_what_the_recommender_says(sample, kind, monkeypatch):
     case = Case(sample, mode="prefix", space="sasrec", distillation=kind, train_sasrec=True)
-    users = users_of(case, case.batch).detach()
+    states, users = case.model.read(case.batch), users_of(case, case.batch).detach()
     monkeypatch.setattr(case.model.output.state_projector, "forward", lambda states: users)
-    monkeypatch.setattr(case.model.sasrec, "states", lambda history: events)
     events = torch.zeros(len(users), HISTORY, SASREC_WIDTH, dtype=torch.float64)
     events[torch.arange(len(users)), case.batch.history.lengths - 1] = users
-    distance = case.model.distillation_loss(case.model.read(case.batch), events, case.batch)
+    events.requires_grad_()
+    distance = case.model.distillation_loss(states, events, case.batch)
     torch.testing.assert_close(distance, torch.zeros_like(distance), atol=1e-12, rtol=0)
+    other = case.model.distillation_loss(states, events + 0.1 * torch.randn_like(events), case.batch)
+    assert other > 1e-3
+    assert torch.autograd.grad(other + case.sasrec.item_table.sum(), events, allow_unused=True) == (None,)
 
 
 def test_a_published_recommender_teaches_what_it_scores(sample):
