@@ -105,8 +105,9 @@ class TrainingLoader:
 class EvaluationLoader:
     """Yields this process's share of the evaluation batches, longest first.
 
-    Every process gets the same number of batches, since a forward pass may be collective: where they do not divide
-    evenly, the first ones are repeated, and the evaluator drops what comes twice.
+    Every process gets as many batches as the others, and of as many rows, since a forward pass may be collective, and
+    how many are made may depend on the rows. Where rows or batches do not divide evenly some are repeated, alike on any
+    number of processes, and the evaluator drops what comes twice.
     """
 
     def __init__(self, examples: Examples, batch_size: int, share: Share, device: torch.device) -> None:
@@ -116,6 +117,8 @@ class EvaluationLoader:
         order = np.argsort(-self.examples.lengths, kind="stable")
         batches = _cut(order, self.batch_size)
         processes = self.share.num_processes
+        if len(batches) > 1:
+            batches[-1] = order[-self.batch_size :]
         batches += [batches[i % len(batches)] for i in range(-len(batches) % processes)]
         for indices in batches[self.share.process_index :: processes]:
             yield self.examples.collate(indices, 0).to(self.device)

@@ -213,17 +213,18 @@ def test_a_failing_collator_is_not_swallowed_by_the_thread() -> None:
 
 @pytest.mark.parametrize("count", [1, 8, 9, 41])
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_evaluation_covers_every_row_in_equally_many_batches(count: int, processes: int) -> None:
+def test_evaluation_covers_every_row_in_equally_many_equal_batches(count: int, processes: int) -> None:
     examples = numbered(count)
     shares = [
         [batch.row for batch in EvaluationLoader(examples, 8, Share(index, processes), torch.device("cpu"))]
         for index in range(processes)
     ]
-    assert len({len(rows) for rows in shares}) == 1, "a forward pass may be collective"
+    sizes = [[len(row) for row in rows] for rows in shares]
+    assert all(size == sizes[0] for size in sizes), "a forward pass may be collective, and their number go by the rows"
     rows = torch.cat([row for rows in shares for row in rows])
     assert set(rows.tolist()) == set(range(count))
     if processes == 1:
-        assert len(rows) == count
+        assert len(rows) - count in range(8)
 
 
 def test_evaluation_batches_are_the_same_on_any_number_of_processes(sample: Split) -> None:
