@@ -17,6 +17,7 @@ from models.sasrec import SASRec
 from models.sasrec_llara import SASRecLLaRA, read_sasrec_llara
 from models.tiny import vocabulary_text
 
+from .earlier_runs import require_run
 from .setting import Built, Setting
 
 
@@ -64,21 +65,12 @@ def inner_sasrec(setting: Setting, path: Path | None, flag: str, shown: int) -> 
         return None
     sasrec: object
     if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise ValueError(f"--method.sasrec {path}: there is no such file")
-        raw_ids = setting.catalog.raw_ids[1:]
-        if not all(raw_id.isdecimal() for raw_id in raw_ids):
-            raise ValueError(f"--method.sasrec {path} numbers its items, and this catalogue has other ids: name a run")
-        sasrec = read_sasrec_llara(path, np.array(raw_ids, dtype=np.int64))
+        sasrec = shipped_sasrec(path, setting)
     else:
+        require_run(path, "sasrec", setting)
         sasrec = setting.load_model(path).model
     if not isinstance(sasrec, SASRec | SASRecLLaRA):
         raise ValueError(f"--method.sasrec {path} is a run of another model: expected one of sasrec")
-    if len(sasrec.item_table) != setting.catalog.num_items + 1:
-        raise ValueError(
-            f"--method.sasrec {path} knows {len(sasrec.item_table) - 1:,} items, and the catalogue has "
-            f"{setting.catalog.num_items:,}: it belongs to other data or another --data.item_core"
-        )
     window = sasrec.config.window if isinstance(sasrec, SASRec) else sasrec.window
     if window < shown:
         raise ValueError(
@@ -86,3 +78,13 @@ def inner_sasrec(setting: Setting, path: Path | None, flag: str, shown: int) -> 
             f"{window}"
         )
     return sasrec
+
+
+def shipped_sasrec(path: Path, setting: Setting) -> SASRecLLaRA:
+    """An encoder that LLaRA ships; raises ValueError where its items cannot be matched with the catalogue's."""
+    if not path.is_file():
+        raise ValueError(f"--method.sasrec {path}: there is no such file")
+    raw_ids = setting.catalog.raw_ids[1:]
+    if not all(raw_id.isdecimal() for raw_id in raw_ids):
+        raise ValueError(f"--method.sasrec {path} numbers its items, and this catalogue has other ids: name a run")
+    return read_sasrec_llara(path, np.array(raw_ids, dtype=np.int64))

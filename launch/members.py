@@ -1,6 +1,5 @@
 """The members of an ensemble: loaded from their run folders, checked, and asked about every validation user once."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from data.batches import Examples
 from data.loaders import EvaluationLoader, Share
 from data.member_examples import KnownScores, MemberBatch, MemberExamples
 from data.splits import Phase, Split
-from evaluation.run_folders import Run, load_run
+from evaluation.run_folders import Run
 from models.ensemble import Ensemble, EnsembleConfig
 from trainers.runtime import best_precision
 
+from .earlier_runs import require_run
 from .setting import Built, Setting
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,7 +29,7 @@ def build_ensemble(setting: Setting) -> Built:
     config: EnsembleConfig = setting.method
     if len(config.members) < 2:
         raise ValueError(f"--method.members {config.members}: expected the folders of at least two finished runs")
-    runs = [require_member(Path(path), setting) for path in config.members]
+    runs = [require_run(Path(path), "members", setting) for path in config.members]
     members = [setting.load_model(run.folder) for run in runs]
     model = Ensemble(config, [member.model for member in members])
     known: dict[Phase, KnownScores] = {}  # of the split that this run trains on
@@ -52,28 +52,6 @@ def build_ensemble(setting: Setting) -> Built:
         return labelled
 
     return Built(model, training, examples)
-
-
-def require_member(path: Path, setting: Setting) -> Run:
-    """Return a member's run; raise ValueError where it is gone, unfinished, or of other data than the ensemble."""
-    run = load_run(path)
-    if not (path / "model" / "model.safetensors").is_file() or not run.complete:
-        of = f" of {setting.saved.parent}" if setting.saved is not None else ""
-        raise ValueError(
-            f"--method.members{of} names {path} (seen from {Path.cwd()}), where there is no finished run: bring it "
-            "back there, or train the ensemble anew with the folder where it is now"
-        )
-    if setting.saved is None and run.split_hash != setting.split.hash:
-        raise ValueError(
-            f"--method.members {path} was trained on split {run.split_hash[:12]}, and --data.* gives "
-            f"{setting.split.hash[:12]}: members and ensemble need the same data and split"
-        )
-    if json.loads((path / "model" / "catalog.json").read_text())["raw_ids"] != [*setting.catalog.raw_ids]:
-        raise ValueError(
-            f"--method.members {path} has learned another catalogue than these {setting.catalog.num_items:,} items: "
-            "members and ensemble need the same --data.item_core and files"
-        )
-    return run
 
 
 @torch.no_grad()

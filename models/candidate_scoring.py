@@ -7,7 +7,7 @@ from data.title_tokens import TokenTable
 
 from .decoder import Decoder, largest_anywhere, log_softmax, run_prefix
 from .moe_lora import holding_rows
-from .title_scoring import additive_mask, shared_cache
+from .title_scoring import additive_mask, require_free_mask, shared_cache
 
 LOGITS_AT_ONCE = 2**26  # numbers of logits alive at once: 256 MB in float32
 
@@ -19,12 +19,14 @@ def candidate_log_likelihoods(
     """Return the log-likelihood of each candidate's whole response after its prompt, [B, C] float32.
 
     The prompt runs once and all its candidates continue it. Responses end alike, and none is the beginning of another
-    one, so their likelihoods compare.
+    one, so their likelihoods compare; equal responses tie exactly. The number of forward passes depends on the batch
+    size and the longest response of any process: under ZeRO-3 all processes need the same number.
     """
     prefix = run_prefix(decoder, embeds_BPH, mask_BP)
     batch, num_candidates = candidate_BC.shape
     tokens, real = _padded(responses, candidate_BC)
     width = largest_anywhere(decoder.body, tokens.shape[1])
+    require_free_mask(decoder.body, mask_BP.shape[1] + width)
     tokens, real = (torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in (tokens, real))
     first = log_softmax(decoder.head(prefix.last_state)).repeat_interleave(num_candidates, 0).gather(1, tokens[:, :1])
     total = torch.where(real[:, 0], first[:, 0], 0.0)
@@ -43,7 +45,10 @@ def candidate_log_likelihoods(
                 use_cache=True,
             ).last_hidden_state
         total = total + _of_tokens(decoder, states, tokens[:, 1:], real[:, 1:])
-    return total.view(batch, num_candidates).float()
+    # A kernel may add up equal rows in another order, and a tie must not be broken by that.
+    rows_BCT = torch.where(real, tokens, -1).view(batch, num_candidates, -1)
+    first_alike_BC = (rows_BCT[:, :, None] == rows_BCT[:, None]).all(-1).int().argmax(-1)
+    return total.view(batch, num_candidates).gather(1, first_alike_BC).float()
 
 
 def _of_tokens(decoder: Decoder, states_RTH: Tensor, tokens_RT: Tensor, real_RT: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.batches import NO_LABEL, PromptBatch, SequenceBatch
@@ -40,7 +40,8 @@ class LLaRAConfig:
     """Run folder of a sasrec run, or the .safetensors weights of an encoder that LLaRA ships. Not needed for
     --method.prompts.mode text."""
     train_sasrec: bool = False
-    """Train the ID recommender too (its rate: --train.lr_multipliers); else it is kept as it is, without dropout."""
+    """Train the ID recommender too, as far as it is read (its rate: --train.lr_multipliers); else it is kept as it is,
+    without dropout."""
     vectors: Literal["table", "states"] = "table"
     """What stands for an item of the history: its row of the item table, as published, or the sequence state behind it.
     Candidates have their rows."""
@@ -76,10 +77,26 @@ class LLaRA(Recommender):
                     "folder of a sasrec run, or --method.prompts.mode text"
                 )
             return
-        sasrec.requires_grad_(config.train_sasrec)
+        sasrec.requires_grad_(False)
+        if config.train_sasrec:
+            for parameter in self.read_parameters(sasrec):
+                parameter.requires_grad_()
         if config.prompts.mode != "text":
             width = causal_model(backbone).config.get_text_config().hidden_size
             self.projector = make_projector(config.projector, sasrec.item_table.shape[1], width)
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the ID recommender encodes histories; otherwise its item table is all that is read."""
+        return self.config.vectors == "states" and self.config.prompts.mode != "text"
+
+    def read_parameters(self, sasrec: SASRec | SASRecLLaRA) -> list[nn.Parameter]:
+        """Return what of the ID recommender gets a gradient in every step, which DDP insists on for what is trained."""
+        if self.reads_states:
+            return [p for name, p in sasrec.named_parameters() if not name.startswith("item_scores")]
+        if self.config.prompts.mode == "text":
+            raise ValueError("--method.train_sasrec true: --method.prompts.mode text reads nothing of --method.sasrec")
+        return [sasrec.get_parameter("item_embedding.weight")]
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training; an ID recommender that is not trained stays as it is evaluated."""
@@ -94,9 +111,10 @@ class LLaRA(Recommender):
         with self.adapted(batch):
             # Pads stand on the right, where a causal model never sees them.
             states = decoder.body(inputs_embeds=self.embed(batch), use_cache=False).last_hidden_state
+            parts = self.parts(batch)
         labelled = batch.labels != NO_LABEL
         total = losses.full_cross_entropy(states[labelled], decoder.weight, batch.labels[labelled])
-        return Loss(total, batch.count, self.parts(batch))
+        return Loss(total, batch.count, parts)
 
     def scores(self, batch: PromptBatch) -> Tensor:  # type: ignore[override]
         if batch.candidates is None:
@@ -158,22 +176,26 @@ class ILoRA(LLaRA):
     def __init__(
         self, config: ILoRAConfig, backbone: Backbone, responses: TokenTable, sasrec: SASRec | SASRecLLaRA | None
     ) -> None:
-        super().__init__(config, backbone, responses, sasrec)
         if sasrec is None:
             raise ValueError("ilora makes its gate of the user's state: pass --method.sasrec, a run folder of sasrec")
+        super().__init__(config, backbone, responses, sasrec)
         self.active = gate_of(causal_model(backbone))
         sizes = sasrec.item_table.shape[1], self.active.num_experts, self.active.num_layers
         self.gate = ExpertGate(config.gate, *sizes)
         self.saved_buffers = tuple(f"gate.{name}" for name in self.gate.saved_buffers)
 
+    @property
+    def reads_states(self) -> bool:
+        return True
+
     def adapted(self, batch: PromptBatch) -> AbstractContextManager[None]:
         assert self.sasrec is not None
         assert batch.history is not None
-        self.mixed = self.gate(user_states(self.sasrec, batch.history))
-        return self.active.use(self.mixed)
+        return self.active.use(self.gate(user_states(self.sasrec, batch.history)))
 
     def parts(self, batch: PromptBatch) -> dict[str, Tensor]:
-        return gate_parts(self.mixed, batch.count)
+        assert isinstance(self.active.state, Tensor)
+        return gate_parts(self.active.state, batch.count)
 
 
 def user_states(sasrec: SASRec | SASRecLLaRA, history: SequenceBatch) -> Tensor:

@@ -40,7 +40,7 @@ def title_log_likelihoods(
     trie only, never on the prompts: under ZeRO-3 every process needs the same number.
     """
     decoder = scoring_decoder(model)
-    _require_tree_attention(decoder.body, input_ids.shape[1] + trie.max_depth)
+    require_free_mask(decoder.body, input_ids.shape[1] + trie.max_depth)
     trie = (trie.decisions() if constrained else trie).to(input_ids.device)
     blocks = trie.blocks(block_size)
     num_rows, num_slots = blocks.nodes.shape
@@ -158,7 +158,7 @@ def _share(layer: object, users: slice, rows: int) -> _SharedPrefixLayer:
     return _SharedPrefixLayer(layer.keys[users], layer.values[users], rows)
 
 
-def _require_tree_attention(body: PreTrainedModel, length: int) -> None:
+def require_free_mask(body: PreTrainedModel, length: int) -> None:
     config = body.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
