@@ -1,7 +1,7 @@
 """Every method under every strategy: it trains like one process, checkpoints, resumes and evaluates the same.
 
 python benchmarks/grid.py                                (all cells, and the table of docs/scaling.md)
-python benchmarks/grid.py --rows "bigrec 4-bit" --strategies zero3
+python benchmarks/grid.py --rows "bigrec LoRA 4-bit" --strategies zero3     (these cells of it)
 
 A cell is one run of 50 steps that is stopped after 25 and started again, so its second half comes from a checkpoint.
 Dropout is off, for it differs between processes; everything else is as in any run.
@@ -12,8 +12,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +23,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.document import hardware, write_section
+from launch.run_folder import commit_of_clone
 from models.backbone import BackboneConfig, load_backbone, load_tokenizer, save_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -32,14 +34,19 @@ BOUNDS = {"fp32": 1e-5, "bf16": 1e-3}
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 COMMON = (
     "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.trackers [] --train.batch_size 16 "
-    "--train.micro_batch_size 4 --train.lr 0.003 --train.schedule linear --train.warmup_steps 5 "
-    "--train.max_grad_norm 1.0 --train.log_every_steps 1 --train.save_every_steps 25 --train.eval_every_steps 100"
+    "--train.micro_batch_size 4 --train.eval_batch_size 40 --train.lr 0.003 --train.schedule linear "
+    "--train.warmup_steps 5 --train.max_grad_norm 1.0 --train.log_every_steps 1 --train.save_every_steps 25 "
+    "--train.eval_every_steps 100"
 ).split()
 SASREC = "--model sasrec --method.window 12 --method.hidden_size 32 --method.dropout 0".split()
 TINY = "--backbone.tiny.hidden_size 32 --backbone.tiny.layers 2".split()
 BIGREC = ["--model", "bigrec", *TINY]
 LORA = "--model bigrec --backbone.lora_dropout 0".split()
 E4SREC = "--model e4srec --method.prompts.max_history 12 --backbone.lora_dropout 0".split()
+CANDIDATES = "--evaluation.protocol candidates-20".split()
+LLARA = ["--model", "llara", *TINY, *CANDIDATES]
+MOE_LORA = "--model ilora --backbone.adapter moe-lora --backbone.lora_dropout 0".split()
+ILORA = [*MOE_LORA, *CANDIDATES, "--method.vectors=states"]
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],
     "sasrec bf16": [*SASREC, "--train.precision=bf16"],
@@ -51,6 +58,12 @@ ROWS = {
     "e4srec float32": [*E4SREC, *TINY, "--train.precision=fp32"],
     "e4srec bf16, checkpointing": [*E4SREC, *TINY, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
     "e4srec LoRA 4-bit": [*E4SREC, "--train.precision=bf16", "--backbone.quantization=4bit"],
+    "llara float32": [*LLARA, "--train.precision=fp32"],
+    "ilora MoE-LoRA float32": [*ILORA, "--train.precision=fp32"],
+    "ilora MoE-LoRA 4-bit, checkpointing": [
+        *(*ILORA, "--train.precision=bf16"),
+        *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
+    ],
 }
 
 
@@ -64,6 +77,7 @@ class Cell:
     resumed: bool
     same_evaluation: bool  # the processes ranked every user as one process ranks them with the saved weights
     seconds: float
+    commit: str | None = None  # that it was measured at; cells may be measured one by one
 
     @property
     def holds(self) -> bool:
@@ -75,27 +89,49 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     arguments = parser.parse_args()
-    cells: list[Cell] = []
+    whole = arguments.rows == list(ROWS) and arguments.strategies == list(STRATEGIES)
+    cells = {} if whole else earlier_cells()
+    ran = []
     with TemporaryDirectory() as folder:
-        backbone = save_small_backbone(Path(folder) / "backbone")
+        save_inputs(Path(folder))
         for row in arguments.rows:
             for strategy in dict.fromkeys(("one", *arguments.strategies)):
-                cells.append(run_cell(row, strategy, Path(folder), backbone))
-                print(cells[-1], flush=True)
-    if arguments.rows == list(ROWS) and arguments.strategies == list(STRATEGIES):
-        RESULTS.write_text(json.dumps({"hardware": hardware(), "cells": [asdict(cell) for cell in cells]}, indent=1))
-        write_section(ROOT / "docs" / "scaling.md", "benchmarks/grid.py", markdown(cells))
-    sys.exit(0 if all(cell.holds for cell in cells) else 1)
+                cell = cells[row, strategy] = run_cell(row, strategy, Path(folder))
+                ran.append(cell)
+                print(cell, flush=True)
+    kept = [asdict(cells[key]) for key in product(ROWS, STRATEGIES) if key in cells]
+    RESULTS.write_text(json.dumps({"hardware": hardware(), "cells": kept}, indent=1))
+    write_section(ROOT / "docs" / "scaling.md", "benchmarks/grid.py", markdown(cells))
+    sys.exit(0 if all(cell.holds for cell in ran) else 1)
 
 
-def settings(row: str, backbone: Path) -> list[str]:
-    """Return the flags of a row; `backbone` is the pre-trained folder for LoRA."""
-    name = [f"--backbone.name={backbone}"] if "LoRA" in row else []
-    return [*ROWS[row], *name, *COMMON]
+def earlier_cells() -> dict[tuple[str, str], Cell]:
+    """Return the cells that were measured before, to put new ones among them; exit where another machine did."""
+    results = json.loads(RESULTS.read_text())
+    if results["hardware"] != hardware():
+        sys.exit(
+            f"error: {RESULTS} was measured on {results['hardware']}, and this is {hardware()}: measure all cells "
+            "here, without --rows and --strategies"
+        )
+    return {(cell["row"], cell["strategy"]): Cell(**cell) for cell in results["cells"]}
+
+
+def settings(row: str, inputs: Path) -> list[str]:
+    """Return the flags of a row; `inputs` is the folder of `save_inputs`."""
+    flags = [f"--backbone.name={inputs / 'backbone'}"] if "LoRA" in row else []
+    if row.startswith(("llara", "ilora")):
+        flags.append(f"--method.sasrec={inputs / 'sasrec'}")
+    return [*ROWS[row], *flags, *COMMON]
 
 
 def bound(row: str) -> float:
     return BOUNDS["fp32" if "float32" in row else "bf16"]
+
+
+def save_inputs(folder: Path) -> None:
+    """Write what rows begin from: a pre-trained base for adapters, backbone/, and a SASRec run, sasrec/."""
+    save_small_backbone(folder / "backbone")
+    checked([sys.executable, "launch/train.py", *settings("sasrec float32", folder), f"--output={folder / 'sasrec'}"])
 
 
 def save_small_backbone(folder: Path) -> Path:
@@ -107,16 +143,17 @@ def save_small_backbone(folder: Path) -> Path:
     return folder
 
 
-def run_cell(row: str, strategy: str, folder: Path, backbone: Path) -> Cell:
+def run_cell(row: str, strategy: str, folder: Path) -> Cell:
     """Train half, go on with the other half, and evaluate what was saved in one process."""
     run, started = folder / row.replace(" ", "-") / strategy, time.perf_counter()
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--config_file", str(configuration(strategy, folder))] if strategy != "one" else ["--num_processes=1"]
-    train = ["launch/train.py", *settings(row, backbone), f"--output={run}"]
+    train = ["launch/train.py", *settings(row, folder), f"--output={run}"]
     output = ""
     for steps in (STEPS // 2, STEPS):
         output = checked([*launcher, *train, f"--train.max_steps={steps}"])
-    checked([sys.executable, "launch/evaluate.py", f"--run={run}"])
+    protocol = json.loads((run / "results.json").read_text())["header"]["protocol"]
+    checked([sys.executable, "launch/evaluate.py", f"--run={run}", f"--protocol={protocol}"])
     return Cell(
         row,
         strategy,
@@ -124,6 +161,7 @@ def run_cell(row: str, strategy: str, folder: Path, backbone: Path) -> Cell:
         "resuming" in output,
         same_evaluation(run),
         round(time.perf_counter() - started, 1),
+        commit_of_clone(),
     )
 
 
@@ -167,12 +205,12 @@ def same_evaluation(run: Path) -> bool:
     return pd.read_parquet(again).equals(pd.read_parquet(run / "ranks" / "test.parquet"))
 
 
-def markdown(cells: Iterable[Cell]) -> str:
-    """Return the table: the largest loss difference of each cell, or what failed."""
-    found = {(cell.row, cell.strategy): cell for cell in cells}
+def markdown(cells: Mapping[tuple[str, str], Cell]) -> str:
+    """Return the table: the largest loss difference of each cell, or what failed; nothing where none was measured."""
     lines = ["| method and base | " + " | ".join(STRATEGIES) + " |", "| --- |" + " --- |" * len(STRATEGIES)]
     for row in ROWS:
-        lines.append(f"| {row} | " + " | ".join(entry(found[row, strategy]) for strategy in STRATEGIES) + " |")
+        entries = [entry(cells[row, strategy]) if (row, strategy) in cells else "" for strategy in STRATEGIES]
+        lines.append(f"| {row} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 

@@ -148,7 +148,7 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else describe_processor()
     return {
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": commit_of_clone(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "device": f"{runtime.device.type}: {device or platform.machine()}",
@@ -169,7 +169,7 @@ def describe_processor() -> str:
     return f"{models[0]}, {len(models)} cores" if models else platform.processor()
 
 
-def _commit() -> str | None:
+def commit_of_clone() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

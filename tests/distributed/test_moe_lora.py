@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.grid import bound, loss_difference, settings
 from tests.distributed.test_strategies import SHORT, environment, finish
-from tests.distributed.test_strategies import backbone as backbone
+from tests.distributed.test_strategies import inputs as inputs
 from tests.runs import run, start_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
@@ -62,9 +62,9 @@ def give_bigrec_a_gate(kind: Any, rank: int = 0) -> None:
     ],
 )
 def test_a_strategy_trains_like_one_process_and_resumes(
-    backbone: Path, tmp_path: Path, row: str, strategy: str, extra: list[str]
+    inputs: Path, tmp_path: Path, row: str, strategy: str, extra: list[str]
 ) -> None:
-    flags = [*settings(row, backbone), *SHORT, *extra, "--backbone.adapter=moe-lora"]
+    flags = [*settings(row, inputs), *SHORT, *extra, "--backbone.adapter=moe-lora"]
     before = partial(give_bigrec_a_gate, "mlp")
     one = run(*flags, "--train.max_steps=6", output=tmp_path / "one", before=before)
     assert one.process.exitcode == 0, one.text()
@@ -80,11 +80,11 @@ def test_a_strategy_trains_like_one_process_and_resumes(
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_processes_evaluate_with_the_running_statistics_that_are_saved(
-    backbone: Path, tmp_path: Path, strategy: str
+    inputs: Path, tmp_path: Path, strategy: str
 ) -> None:
     """Each process's batch norm has seen other batches; all of them go on with the main one's."""
     ranks = start_ranks(
-        *settings("bigrec LoRA float32", backbone),
+        *settings("bigrec LoRA float32", inputs),
         *SHORT,
         *("--backbone.adapter=moe-lora", "--train.max_steps=4"),
         output=tmp_path / "run",

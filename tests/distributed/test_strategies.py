@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grid import ROWS, STRATEGIES, bound, configuration, loss_difference, save_small_backbone, settings
+from benchmarks.grid import ROWS, STRATEGIES, bound, configuration, loss_difference, save_inputs, settings
 from tests.runs import ROOT, Run, results, run, start_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
@@ -23,6 +23,9 @@ CELLS = [
     ("e4srec float32", "zero3"),
     ("e4srec bf16, checkpointing", "ddp"),
     ("e4srec LoRA 4-bit", "zero3_offload"),
+    ("llara float32", "zero3"),
+    ("ilora MoE-LoRA float32", "ddp"),
+    ("ilora MoE-LoRA 4-bit, checkpointing", "zero2"),
 ]
 STEPS = 8
 SHORT = ["--train.log_every_steps=1", "--train.save_every_steps=4", "--train.schedule=constant"]
@@ -35,8 +38,10 @@ def test_every_row_and_column_has_a_cell() -> None:
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_backbone(tmp_path_factory.mktemp("backbone"))
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_inputs(folder)
+    return folder
 
 
 def environment(strategy: str, folder: Path) -> dict[str, str]:
@@ -55,10 +60,8 @@ def finish(ranks: list[Run]) -> None:
 
 
 @pytest.mark.parametrize(("row", "strategy"), CELLS, ids=[f"{row}, {strategy}" for row, strategy in CELLS])
-def test_a_strategy_trains_like_one_process_and_resumes(
-    backbone: Path, tmp_path: Path, row: str, strategy: str
-) -> None:
-    flags = [*settings(row, backbone), *SHORT]
+def test_a_strategy_trains_like_one_process_and_resumes(inputs: Path, tmp_path: Path, row: str, strategy: str) -> None:
+    flags = [*settings(row, inputs), *SHORT]
     one = run(*flags, f"--train.max_steps={STEPS}", output=tmp_path / "one")
     assert one.process.exitcode == 0, one.text()
     for steps in (STEPS // 2, STEPS):
@@ -73,7 +76,8 @@ def test_a_strategy_trains_like_one_process_and_resumes(
     assert loss_difference(tmp_path / "two", tmp_path / "one") <= bound(row)
     if "float32" in row:
         ours, theirs = results(tmp_path / "two"), results(tmp_path / "one")
-        assert ours["test"]["NDCG@10"] == pytest.approx(theirs["test"]["NDCG@10"], abs=0.005)
+        (metric,) = (name for name in theirs["test"] if name.endswith("NDCG@10"))  # candidates' figures say so
+        assert ours["test"][metric] == pytest.approx(theirs["test"][metric], abs=0.005)
         assert ours["parameters"] == theirs["parameters"]
 
 
