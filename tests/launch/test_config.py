@@ -162,6 +162,13 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(write: Any) -> N
     assert (train.epochs, train.lr, train.seed, train.batch_size) == (3, 0.25, 9, 4)
 
 
+def test_names_that_are_the_users_own_are_read_from_a_file(write: Any) -> None:
+    text = "train:\n  lr_multipliers:\n    gate: 0.3\n    backbone.embed: 2\n  frozen_epochs: {input.learned: 3}"
+    train = parse(["--recipe", write(text)]).train
+    assert train.lr_multipliers == {"gate": 0.3, "backbone.embed": 2.0}
+    assert train.frozen_epochs == {"input.learned": 3}
+
+
 def test_the_model_is_taken_from_flags_then_files(write: Any) -> None:
     recipe = write("model: sasrec\ntrain:\n  epochs: 3")
     assert parse(["--recipe", recipe]).model == "sasrec"
