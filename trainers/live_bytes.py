@@ -23,7 +23,8 @@ class LiveBytes(TorchDispatchMode):
         self.classes = classes
         self.now = self.peak = self.gradients = self.peak_with_gradients = self.logits = self.peak_logits = 0
         # by the storage's address in C++, which stays the same while it lives: bytes, and of them logits
-        self._counted = {tensor.untyped_storage()._cdata: (0, 0) for tensor in kept}
+        self._kept = [tensor.untyped_storage() for tensor in kept]  # held, so that no address is given anew
+        self._counted = {storage._cdata: (0, 0) for storage in self._kept}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
