@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data.batches import PromptBatch, SequenceBatch
 from data.item_prompts import ItemPromptBatch
+from data.title_tokens import TokenTable
 from models import losses
 from models.backbone import Backbone, causal_model
 from models.base import Loss, Recommender
@@ -17,13 +18,14 @@ from models.bigrec import BIGRec, BIGRecConfig, ItemHead
 from models.decoder import decoder_of
 from models.e4srec import E4SRec, E4SRecConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
+from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
 from models.moe_lora import find_gate
 from models.sasrec import SASRec, SASRecConfig
 from models.skeleton import backbone_skeleton
 
 from .config import RunConfig
 
-SASREC_WIDTH = 64  # of item vectors that are read from a run: SASRec's default
+SASREC_WIDTH = SASRecConfig().hidden_size  # of item vectors that are read from a run
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
     backbone = backbone_skeleton(config.backbone)
     if isinstance(config.method, BIGRecConfig):
         return _bigrec(config.method, backbone, num_items)
+    if isinstance(config.method, LLaRAConfig):
+        return _llara(config.method, backbone, num_items)
     left_out = f"what {config.model} trains beside the backbone"
     return Skeleton(NextToken(backbone), prompts, vocabulary(backbone), left_out)
 
@@ -94,6 +98,28 @@ def _e4srec(config: E4SRecConfig, backbone: Backbone, num_items: int) -> Skeleto
         return ItemPromptBatch(ids, None, slots, torch.ones_like(slots), labelled, targets, count=len(labelled))
 
     return Skeleton(model, batch, num_items, "the instruction before the items, and titles beside them")
+
+
+def _llara(config: LLaRAConfig, backbone: Backbone, num_items: int) -> Skeleton:
+    model = llara_skeleton(config, backbone, num_items).train()
+    shown = config.prompts
+
+    def batch(rows: int, length: int) -> PromptBatch:
+        slots = torch.zeros(rows * (shown.history_length + shown.num_candidates), dtype=torch.int64)
+        items = torch.ones(rows, shown.history_length, dtype=torch.int64)
+        history = SequenceBatch(items, torch.full((rows,), shown.history_length))
+        return replace(prompts(rows, length), item_slots=slots, slot_items=torch.ones_like(slots), history=history)
+
+    return Skeleton(model, batch, vocabulary(backbone))
+
+
+def llara_skeleton(config: LLaRAConfig, backbone: Backbone, num_items: int, device: str = "meta") -> LLaRA:
+    """LLaRA or iLoRA around a SASRec of the default shape; the titles, which only scoring needs, are left out."""
+    needed = config.sasrec is not None or config.prompts.mode != "text" or isinstance(config, ILoRAConfig)
+    kind = ILoRA if isinstance(config, ILoRAConfig) else LLaRA
+    with torch.device(device):
+        sasrec = SASRec(SASRecConfig(), num_items) if needed else None
+        return kind(config, backbone, TokenTable.of([]), sasrec)  # type: ignore[arg-type]
 
 
 class BIGRecSkeleton(BIGRec):

@@ -14,9 +14,10 @@ from launch.config import RunConfig, parse
 from launch.fitting import Planner, flags_that_would_fit
 from launch.memory import RESERVED, STRATEGIES, GiB, forecast
 from launch.rehearsal import Rehearsal, rehearse
-from launch.skeletons import BIGRecSkeleton, NextToken, make_skeleton
+from launch.skeletons import BIGRecSkeleton, NextToken, llara_skeleton, make_skeleton
 from models.backbone import describe, load_backbone
 from models.base import Recommender
+from models.llara import LLaRAConfig
 from models.sasrec import SASRec
 from models.skeleton import backbone_skeleton, packed_side_bytes
 from models.tiny import llama_config
@@ -52,6 +53,8 @@ def real_model(config: RunConfig) -> Recommender:
         backbone = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     else:
         backbone = load_backbone(config.backbone, None, seed=0, device="cpu", trainable=True)
+    if isinstance(config.method, LLaRAConfig):
+        return llara_skeleton(config.method, backbone, ITEMS, device="cpu").train()
     return BIGRecSkeleton(config.method, backbone, ITEMS, device="cpu").train()
 
 
@@ -102,6 +105,12 @@ MEASURED = [
     "--model bigrec --train.precision bf16 --backbone.name {llama} --backbone.quantization 4bit",
     f"--model bigrec --train.precision bf16 --backbone.name {{llama}} --backbone.quantization 4bit {CHECKPOINTED}",
     "--model bigrec --train.precision bf16 --backbone.name {qwen} --backbone.lora_rank 32",
+    "--model llara --train.precision bf16",
+    "--model llara --train.precision fp32 --method.vectors states --method.train_sasrec true",
+    "--model llara --train.precision bf16 --method.prompts.mode text --backbone.name {llama}",
+    "--model ilora --train.precision bf16 --backbone.name {llama} --backbone.adapter moe-lora",
+    "--model ilora --train.precision bf16 --backbone.name {qwen} --backbone.adapter moe-lora "
+    "--backbone.quantization 4bit --method.gate.kind resnet",
     "--model sasrec --train.precision bf16",
     "--model sasrec --train.precision fp32 --method.loss gbce --method.num_blocks 3",
 ]
