@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.document import hardware, write_section
 from launch.run_folder import commit_of_clone
-from models.backbone import BackboneConfig, load_backbone, load_tokenizer, save_backbone
+from models.backbone import BackboneConfig, load_backbone, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "grid.json"
@@ -139,7 +139,8 @@ def save_small_backbone(folder: Path) -> Path:
     config = BackboneConfig()
     config.tiny.hidden_size, config.tiny.layers = 64, 2
     tokenizer = load_tokenizer(config, ["Painted Shadow 4 (1986)", "Distant Planet 6 (1971)"] * 50)
-    save_backbone(load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True), tokenizer, folder)
+    load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True).save_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
     return folder
 
 

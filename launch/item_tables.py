@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data.prompts import title_texts
 from data.title_tokens import TokenTable, encode
-from models.backbone import Backbone, BackboneConfig, causal_model, load_backbone, load_saved_tokenizer
+from models.backbone import Backbone, BackboneConfig, causal_model, load_backbone
 from models.e4srec import E4SRecConfig, item_vectors, token_norm
 from models.item_embeddings import ItemTable, ItemTableConfig, mean_token_embeddings
+from models.pretrained import load_saved_tokenizer
 from models.text_vectors import text_vectors
 
 from .setting import Setting

@@ -11,8 +11,9 @@ from data.candidate_prompts import texts_of_domain
 from data.candidate_tokens import CandidateEncoder
 from data.prompts import title_texts
 from data.splits import Phase, Split
-from models.backbone import load_backbone, load_saved_tokenizer, load_tokenizer
+from models.backbone import load_backbone, load_tokenizer
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
+from models.pretrained import load_saved_tokenizer
 from models.sasrec import SASRec
 from models.sasrec_llara import SASRecLLaRA, read_sasrec_llara
 from models.tiny import vocabulary_text

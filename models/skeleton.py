@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .backbone import (
-    TINY,
-    Backbone,
-    BackboneConfig,
-    cannot_load,
-    freeze_quantised,
-    path_of,
-    quantization,
-    with_lora,
-)
+from .backbone import TINY, Backbone, BackboneConfig, with_lora
+from .pretrained import cannot_load, freeze_quantised, path_of, quantization
 from .tiny import llama_config
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share a scale, and scales that share one (double quantisation)

@@ -4,7 +4,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from models.backbone import (
-    Backbone,
-    BackboneConfig,
-    causal_model,
-    describe,
-    is_causal,
-    load_backbone,
-    load_saved_backbone,
-    load_tokenizer,
-    save_backbone,
-)
+from models.backbone import Backbone, BackboneConfig, causal_model, describe, is_causal, load_backbone, load_tokenizer
 from models.tiny import TinyConfig, vocabulary_text
 
 TITLES = [
@@ -332,96 +320,11 @@ def test_lora_shape_follows_the_config(backbone_root: Path) -> None:
 def test_weights_trained_in_full_are_float32_by_default(backbone_root: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(_stories(backbone_root))
     half = load_backbone(_stories(backbone_root, dtype="bfloat16"), tokenizer, seed=0, device="cpu", trainable=False)
-    save_backbone(half, tokenizer, tmp_path)
+    half.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     config = BackboneConfig(name=str(tmp_path), adapter="none")
     assert load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True).dtype == torch.float32
     assert load_backbone(config, tokenizer, seed=0, device="cpu", trainable=False).dtype == torch.bfloat16
-
-
-def _trained(config: BackboneConfig, tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> Backbone:
-    model = load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True)
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.5)
-    for _ in range(2):
-        _loss(model, ids).backward()
-        optimizer.step()
-    return model.eval()
-
-
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
-def test_an_adapter_comes_back_on_its_base(backbone_root: Path, tmp_path: Path, quantization: Any) -> None:
-    config = _stories(backbone_root, quantization=quantization)
-    tokenizer = load_tokenizer(config)
-    ids = tokenizer("Tom liked big red trucks.", return_tensors="pt")["input_ids"]
-    model = _trained(config, tokenizer, ids)
-    save_backbone(model, tokenizer, tmp_path)
-    assert not (tmp_path / "model.safetensors").exists()
-    assert not list(tmp_path.glob("*.bin"))
-    for trainable in (False, True):
-        loaded, loaded_tokenizer = load_saved_backbone(config, tmp_path, device="cpu", trainable=trainable)
-        assert loaded.training is trainable
-        loaded.eval()
-        saved_weights = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
-        for name, weight in loaded.named_parameters():
-            if "lora_" in name:
-                assert torch.equal(weight, saved_weights[name])
-                assert weight.requires_grad is trainable
-        torch.testing.assert_close(_loss(loaded, ids), _loss(model, ids), rtol=0, atol=1e-5)
-        assert loaded_tokenizer("Tom")["input_ids"] == tokenizer("Tom")["input_ids"]
-
-
-def test_tiny_comes_back_without_its_training_text(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(TINY, _text())
-    ids = torch.tensor([tokenizer.encode("Star Wars (1977)")])
-    model = _trained(TINY, tokenizer, ids)
-    save_backbone(model, tokenizer, tmp_path)
-    loaded, loaded_tokenizer = load_saved_backbone(TINY, tmp_path, device="cpu")
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
-    for title in TITLES:
-        assert loaded_tokenizer.encode(title) == tokenizer.encode(title)
-        assert loaded_tokenizer.decode(loaded_tokenizer.encode(title), skip_special_tokens=True) == title
-    assert loaded_tokenizer.padding_side == "left"
-    assert describe(load_saved_backbone(TINY, tmp_path, device="cpu", trainable=True)[0]) == describe(model)
-
-
-def test_gathered_weights_are_what_is_saved(backbone_root: Path, tmp_path: Path) -> None:
-    """Sharded runs hand the gathered weights over: they, not the module's own, must reach the file."""
-    tokenizer = load_tokenizer(TINY, _text())
-    model = load_backbone(TINY, tokenizer, seed=0, device="cpu", trainable=True)
-    save_backbone(model, tokenizer, tmp_path, {name: weight + 1 for name, weight in model.state_dict().items()})
-    loaded, _ = load_saved_backbone(TINY, tmp_path, device="cpu")
-    assert torch.equal(loaded.state_dict()["model.norm.weight"], model.state_dict()["model.norm.weight"] + 1)
-    config = _stories(backbone_root)
-    tokenizer = load_tokenizer(config)
-    adapted = load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True)
-    folder = tmp_path / "adapter"
-    save_backbone(adapted, tokenizer, folder, {name: weight + 1 for name, weight in adapted.state_dict().items()})
-    loaded, _ = load_saved_backbone(config, folder, device="cpu")
-    name = next(name for name in adapted.state_dict() if "lora_B" in name)
-    assert torch.equal(loaded.state_dict()[name], adapted.state_dict()[name] + 1)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda weights: {name: weight for index, (name, weight) in enumerate(weights.items()) if index},
-        lambda weights: {
-            **weights,
-            "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(8, 64),
-        },
-    ],
-    ids=["missing", "unknown"],
-)
-def test_an_adapter_with_other_weights_is_refused(
-    backbone_root: Path, tmp_path: Path, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-) -> None:
-    config = _stories(backbone_root)
-    tokenizer = load_tokenizer(config)
-    save_backbone(load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True), tokenizer, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file(damage(load_file(file)), file)
-    with pytest.raises(ValueError, match=r"does not fit --backbone\.name"):
-        load_saved_backbone(config, tmp_path, device="cpu")
 
 
 def test_a_method_that_writes_text_needs_a_backbone_that_does(backbone_root: Path) -> None:

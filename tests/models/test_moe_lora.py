@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from models.backbone import BackboneConfig, causal_model, describe, load_backbone, load_tokenizer, save_backbone
+from models.backbone import BackboneConfig, causal_model, describe, load_backbone, load_tokenizer
 from models.base import Recommender
 from models.decoder import last_token_embeddings
 from models.expert_gates import ExpertGate, GateConfig, gate_parts
@@ -414,11 +414,6 @@ def test_checkpoints_hold_adapter_gate_and_running_statistics(tmp_path: Path, pr
         with torch.no_grad(), gate_of(model.backbone).use(model.gate(states)):
             outputs.append(model.backbone(*prompts).logits)
     assert torch.equal(outputs[0], outputs[1])
-
-
-def test_a_gated_backbone_is_not_saved_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="saved with the method"):
-        save_backbone(adapted(), None, tmp_path)
 
 
 def test_other_backbones_have_no_gate() -> None:
