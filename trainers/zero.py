@@ -4,7 +4,9 @@ Precision is torch's autocast here as everywhere else, so ZeRO trains the same n
 weights, gradients and moments are float32, and a frozen base keeps the type it was loaded in.
 """
 
+import hashlib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +32,10 @@ def compile_for_cpu() -> None:
     """
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    folder = os.environ.setdefault(
-        "TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "shardrec" / f"extensions-torch-{torch.__version__}")
-    )
+    # One folder an environment: it is compiled against the headers inside, and two would build it in turn forever.
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    own = Path.home() / ".cache" / "shardrec" / f"extensions-torch-{torch.__version__}-{environment}"
+    folder = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own))
     builder = ShareMemCommBuilder()
     built = Path(folder, builder.name)
     built.mkdir(parents=True, exist_ok=True)
