@@ -39,9 +39,15 @@ def compile_for_cpu() -> None:
     builder = ShareMemCommBuilder()
     built = Path(folder, builder.name)
     built.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{built}.lock"):
-        (built / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
+    path = os.environ["PATH"]
+    # This environment's ninja comes first: another version would compile anew what this one has compiled.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+    try:
+        with FileLock(f"{built}.lock"):
+            (built / "lock").unlink(missing_ok=True)
+            builder.load(verbose=False)
+    finally:
+        os.environ["PATH"] = path
 
 
 class Zero:
