@@ -1,7 +1,6 @@
 """BIGRec: what its loss counts, and that every way to score ends in a ranking of the catalogue."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def world() -> tuple[Interactions, Split]:
     return interactions, split(interactions, config)
 
 
-def _build(world: tuple[Interactions, Split], config: BIGRecConfig, cache: Path, **changes: object) -> Built:
+def _build(world: tuple[Interactions, Split], config: BIGRecConfig, cache: Path, other: Built | None = None) -> Built:
     interactions, parts = world
     return build_bigrec(
         Setting(
@@ -43,7 +42,7 @@ def _build(world: tuple[Interactions, Split], config: BIGRecConfig, cache: Path,
             backbone=TINY,
             seed=3,
             cache=cache,
-            load_model=lambda path: SimpleNamespace(**changes),  # type: ignore[arg-type, return-value]
+            load_model=lambda path: other,
         )
     )
 
@@ -184,7 +183,8 @@ def test_collaborative_injection_bends_towards_the_other_model(world, cache) -> 
     )
     histories = EvaluationSequences(parts, "test", 10)
     config = BIGRecConfig(prompts=DENSE, scoring="generate", grounding=grounding)
-    built = _build(world, config, cache, model=Other(), evaluation=lambda split, phase: histories)
+    other = Built(Other(), training=lambda: histories, evaluation=lambda split, phase: histories)
+    built = _build(world, config, cache, other)
     built.model.eval()
     batch = built.evaluation(parts, "test").collate(np.arange(4), 0)
 
