@@ -87,8 +87,8 @@ class Trainer:
         started = time.perf_counter()
         config, progress = self.config, self.progress
         self.runtime.watchdog.arrive(f"step {progress.step + 1}")
-        rate = learning_rate(progress.step, self.total_steps, config)
-        set_learning_rate(self.optimizer, rate, progress.epoch)
+        self.rate = learning_rate(progress.step, self.total_steps, config)
+        set_learning_rate(self.optimizer, self.rate, progress.epoch)
         # Dropout is a function of (seed, step, process), so a resumed run repeats it without saved generators.
         set_seed(hash_seed(config.seed, progress.step, self.runtime.share.process_index))
         labels, news = self._agree(step)
@@ -146,9 +146,8 @@ class Trainer:
 
     def _log(self) -> None:
         values = self.window.mean()
-        rate = learning_rate(self.progress.step - 1, self.total_steps, self.config)
         self.tracking.log(
-            {"step": self.progress.step, "epoch": self.progress.epoch, **values, "lr": rate}
+            {"step": self.progress.step, "epoch": self.progress.epoch, **values, "lr": self.rate}
             | {"peak_memory": peak_memory(self.runtime.device)}
         )
 
