@@ -4,15 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grid import COMMON, SASREC, bound, loss_difference
+from benchmarks.grid import COMMON, SASREC, bound, loss_difference, save_small_backbone
 from tests.distributed.test_strategies import SHORT, environment, finish
-from tests.distributed.test_strategies import backbone as backbone
 from tests.runs import run, start_ranks, validations
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
 GATED = ["--backbone.adapter=moe-lora", "--backbone.lora_dropout=0"]
 TRAINED = ["--method.train_sasrec=true", "--method.space=sasrec", "--method.distillation=mse"]
 QUANTISED = ["--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true", "--method.distillation=kl"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
