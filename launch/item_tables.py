@@ -17,6 +17,7 @@ from models.item_embeddings import ItemTable, ItemTableConfig, mean_token_embedd
 from models.pretrained import load_saved_tokenizer
 from models.text_vectors import text_vectors
 
+from .earlier_runs import require_run
 from .setting import Setting
 
 
@@ -63,9 +64,12 @@ def encoded_titles(encoder: str, titles: list[str]) -> Tensor:
 
 
 def vectors_of(path: Path, setting: Setting) -> Tensor:
-    """Return the item vectors [N + 1, D] of a run, or of a file with one table; raises ValueError unless they fit."""
+    """Return the item vectors [N + 1, D] of a run of the same data, or of a file with one table.
+
+    Raises ValueError unless they fit. A file says nothing about its items but their number.
+    """
     if path.suffix != ".safetensors":
-        vectors = item_vectors(setting.load_model(path).model)
+        vectors = item_vectors(setting.load_model(require_run(path, "sasrec", setting).folder).model)
     elif not path.is_file():
         raise ValueError(f"--method.sasrec {path}: there is no such file")
     else:

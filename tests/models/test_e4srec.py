@@ -184,6 +184,9 @@ def test_a_run_takes_vectors_of_another_and_needs_it_no_more(tmp_path, train_tab
     assert trained.wait() == 0, trained.text()
     results = json.loads((e4srec / "results.json").read_text())
     assert results["test"]["NDCG@10"] > 1.5 * results["popularity"]["NDCG@10"]
+    elsewhere = run(*E4SREC, own[0], "--data.sample_seed", "1", output=tmp_path / "elsewhere")
+    assert elsewhere.wait() == 1
+    assert "was trained on split" in elsewhere.text()
     shutil.rmtree(sasrec)
     measured = start(output=e4srec, script="evaluate")
     assert measured.wait() == 0, measured.text()
