@@ -14,8 +14,8 @@ from data.splits import Phase, Split
 from models.backbone import load_backbone, load_tokenizer
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
 from models.pretrained import load_saved_tokenizer
-from models.sasrec import SASRec
 from models.sasrec_llara import SASRecLLaRA, read_sasrec_llara
+from models.sequence_recommender import SequenceRecommender
 from models.tiny import vocabulary_text
 
 from .earlier_runs import require_run
@@ -57,7 +57,7 @@ def tokenizer_of(setting: Setting, config: LLaRAConfig) -> PreTrainedTokenizerFa
     return load_tokenizer(setting.backbone, vocabulary_text(titles, setting.split.item_counts(), texts))
 
 
-def inner_sasrec(setting: Setting, path: Path | None, flag: str, shown: int) -> SASRec | SASRecLLaRA | None:
+def inner_sasrec(setting: Setting, path: Path | None, flag: str, shown: int) -> SequenceRecommender | None:
     """The ID recommender that --method.sasrec names; raises ValueError where it is not one.
 
     Or where it reads fewer events than the `shown` of a prompt, which --method.prompts.<flag> sets.
@@ -70,9 +70,9 @@ def inner_sasrec(setting: Setting, path: Path | None, flag: str, shown: int) -> 
     else:
         require_run(path, "sasrec", setting)
         sasrec = setting.load_model(path).model
-    if not isinstance(sasrec, SASRec | SASRecLLaRA):
-        raise ValueError(f"--method.sasrec {path} is a run of another model: expected one of sasrec")
-    window = sasrec.config.window if isinstance(sasrec, SASRec) else sasrec.window
+    if not isinstance(sasrec, SequenceRecommender):
+        raise ValueError(f"--method.sasrec {path} is a run of another model: expected one of sasrec, gru4rec or lrurec")
+    window = sasrec.config.window
     if window < shown:
         raise ValueError(
             f"--method.sasrec {path} reads {window} events, and prompts show {shown}: pass --method.prompts.{flag} "

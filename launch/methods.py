@@ -4,14 +4,12 @@ import torch
 
 from data.batches import (
     EvaluationPrompts,
-    EvaluationSequences,
     Examples,
     TrainingPrompts,
-    TrainingSequences,
 )
 from data.item_examples import EvaluationItemPrompts, TrainingItemPrompts
 from data.item_prompts import ItemPromptLayout
-from data.negatives import SharedNegatives, UniformNegatives
+from data.negatives import SharedNegatives
 from data.prompts import template_by_name, title_texts
 from data.splits import Phase, Split
 from data.title_tokens import TitleTokens
@@ -20,34 +18,21 @@ from models.backbone import is_causal, load_backbone, load_tokenizer
 from models.bigrec import BIGRec, BIGRecConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.ensemble import EnsembleConfig
+from models.gru4rec import GRU4RecConfig
 from models.ilora_items import ILoRAItems, ILoRAItemsConfig
 from models.llara import ILoRAConfig, LLaRAConfig
+from models.lrurec import LRURecConfig
 from models.moe_lora import find_gate
 from models.pretrained import load_saved_tokenizer
-from models.sasrec import SASRec, SASRecConfig
+from models.sasrec import SASRecConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
 from .item_tables import item_tables
 from .llara import build_llara, inner_sasrec
 from .members import build_ensemble
+from .sequences import build_sequence_recommender
 from .setting import Built, Method, Setting
-
-
-def build_sasrec(setting: Setting) -> Built:
-    config: SASRecConfig = setting.method
-
-    def training() -> Examples:
-        negatives = None
-        if config.loss != "cross-entropy":
-            negatives = UniformNegatives(setting.split, config.num_negatives, setting.seed)
-        return TrainingSequences(setting.split, config.window, config.windows, negatives)
-
-    return Built(
-        SASRec(config, setting.catalog.num_items),
-        training,
-        lambda split, phase: EvaluationSequences(split, phase, config.window),
-    )
 
 
 def bigrec_prompts(setting: Setting) -> Prompts:
@@ -105,7 +90,10 @@ def build_item_reader(setting: Setting) -> Built:
     if isinstance(config, ILoRAItemsConfig):
         sasrec = inner_sasrec(setting, config.sasrec, "max_history", prompts.max_history)
         if sasrec is None:
-            raise ValueError("ilora-items reads the states of an ID recommender: pass --method.sasrec, a run of sasrec")
+            raise ValueError(
+                "ilora-items reads the states of an ID recommender: pass --method.sasrec, a run of sasrec, gru4rec or "
+                "lrurec"
+            )
     texts = title_texts(catalog)
     if setting.saved is not None:
         tokenizer = load_saved_tokenizer(str(setting.saved / "tokenizer"))
@@ -147,8 +135,10 @@ METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
     "e4srec": Method(E4SRecConfig, build_item_reader, has_backbone=True),
     "ensemble": Method(EnsembleConfig, build_ensemble),
+    "gru4rec": Method(GRU4RecConfig, build_sequence_recommender),
     "ilora": Method(ILoRAConfig, build_llara, has_backbone=True, makes_gate=True),
     "ilora-items": Method(ILoRAItemsConfig, build_item_reader, has_backbone=True, makes_gate=True),
     "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
-    "sasrec": Method(SASRecConfig, build_sasrec),
+    "lrurec": Method(LRURecConfig, build_sequence_recommender),
+    "sasrec": Method(SASRecConfig, build_sequence_recommender),
 }

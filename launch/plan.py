@@ -35,7 +35,7 @@ class PlanSettings:
     gpu_memory: float = 24.0
     """Memory of each GPU in GiB."""
     length: int | None = None
-    """Tokens of a row, or events of SASRec's; the longest that the method's settings allow when not given."""
+    """Tokens of a row, or events of a history; the longest that the method's settings allow when not given."""
     num_items: int = 10_000
     """Items of the catalogue."""
     json: bool = False

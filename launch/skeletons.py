@@ -21,9 +21,11 @@ from models.item_embeddings import ItemTable, ItemTableConfig
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
 from models.moe_lora import find_gate
 from models.sasrec import SASRec, SASRecConfig
+from models.sequence_recommender import SequenceConfig
 from models.skeleton import backbone_skeleton
 
 from .config import RunConfig
+from .sequences import sequence_recommender
 
 SASREC_WIDTH = SASRecConfig().hidden_size  # of item vectors that are read from a run
 
@@ -40,8 +42,8 @@ class Skeleton:
 
 def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
     """Return the model that `config` names, for a catalogue of `num_items`."""
-    if isinstance(config.method, SASRecConfig):
-        return _sasrec(config.method, num_items)
+    if isinstance(config.method, SequenceConfig):
+        return _sequences(config.method, num_items)
     assert config.backbone is not None
     if isinstance(config.method, E4SRecConfig):
         return _e4srec(config.method, backbone_skeleton(config.backbone, head=False), num_items)
@@ -54,9 +56,9 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
     return Skeleton(NextToken(backbone), prompts, vocabulary(backbone), left_out)
 
 
-def _sasrec(config: SASRecConfig, num_items: int) -> Skeleton:
+def _sequences(config: SequenceConfig, num_items: int) -> Skeleton:
     with torch.device("meta"):
-        model = SASRec(config, num_items).train()
+        model = sequence_recommender(config, num_items).train()
 
     def batch(rows: int, length: int) -> SequenceBatch:
         sampled = config.loss != "cross-entropy"

@@ -26,6 +26,7 @@ from .item_embeddings import (
     identity_map,
     put_vectors,
 )
+from .sequence_recommender import SequenceRecommender
 
 
 @dataclass
@@ -61,8 +62,8 @@ class E4SRecConfig(ItemReaderConfig):
     """Prompts, item vectors, and the loss over the catalogue."""
 
     sasrec: Path | None = None
-    """Whose item vectors `source: sasrec` takes: a run folder of sasrec or e4srec (there, what the backbone reads), or
-    a .safetensors file with one table [N + 1, D]."""
+    """Whose item vectors `source: sasrec` takes: a run folder of sasrec, gru4rec, lrurec or e4srec (there, what the
+    backbone reads), or a .safetensors file with one table [N + 1, D]."""
     encoder: str = "minilm"
     """Text encoder of `source: encoder`: minilm, a folder or a hub id. It is read once, not trained."""
     input: ItemTableConfig = field(default_factory=ItemTableConfig)
@@ -156,7 +157,8 @@ def item_vectors(model: nn.Module) -> Tensor:
     with torch.no_grad():
         if isinstance(model, E4SRec):
             return model.input.vectors()
-        embedding = getattr(model, "item_embedding", None)
-        if isinstance(embedding, nn.Embedding):
-            return embedding.weight.detach().clone()
-    raise ValueError("--method.sasrec names a run without item vectors: expected one of sasrec or e4srec")
+        if isinstance(model, SequenceRecommender):
+            return model.item_table.detach().clone()
+    raise ValueError(
+        "--method.sasrec names a run without item vectors: expected one of sasrec, gru4rec, lrurec or e4srec"
+    )

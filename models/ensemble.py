@@ -15,7 +15,7 @@ from data.batches import SequenceBatch
 from data.member_examples import NO_FOLD, MemberBatch
 
 from .base import Loss, Recommender
-from .sasrec import SASRec
+from .sequence_recommender import SequenceRecommender
 
 
 @dataclass
@@ -37,8 +37,8 @@ class EnsembleConfig:
     hidden_size: int = 8
     """Width of the gate's hidden layer."""
     use_state: bool = False
-    """Let the gate also read the state of the first SASRec among the members. Needs more users than MovieLens 100K has:
-    there it fits noise."""
+    """Let the gate also read the state of the first sasrec, gru4rec or lrurec among the members. Needs more users than
+    MovieLens 100K has: there it fits noise."""
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -74,9 +74,10 @@ class Ensemble(Recommender):
         super().__init__()
         self.config = config
         self.members = nn.ModuleList(member.requires_grad_(False).eval() for member in members)
-        self.stateful = next((m for m in members if isinstance(m, SASRec)), None) if config.use_state else None
+        stateful = (member for member in members if isinstance(member, SequenceRecommender))
+        self.stateful = next(stateful, None) if config.use_state else None
         if config.use_state and self.stateful is None:
-            raise ValueError("--method.use_state true needs a sasrec run among --method.members")
+            raise ValueError("--method.use_state true needs a sasrec, gru4rec or lrurec run among --method.members")
         width = self.stateful.config.hidden_size if self.stateful is not None else 0
         self.gates: Gates | None = None
         if config.fusion != "reciprocal-rank" and config.weights is None:

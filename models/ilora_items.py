@@ -24,8 +24,7 @@ from .e4srec import ItemReader, ItemReaderConfig, token_norm
 from .expert_gates import ExpertGate, GateConfig, gate_parts
 from .item_embeddings import ItemMatcher, Match, ProjectedTable, make_projector, scaled
 from .moe_lora import find_gate
-from .sasrec import SASRec
-from .sasrec_llara import SASRecLLaRA
+from .sequence_recommender import SequenceRecommender
 
 NORM_SAMPLE = 256  # items whose states tell the norm of states
 
@@ -35,7 +34,7 @@ class ILoRAItemsConfig(ItemReaderConfig):
     """E4SRec's prompts and losses, the ID recommender inside, and where its items are matched."""
 
     sasrec: Path | None = None
-    """Run folder of a sasrec run, or the .safetensors weights of an encoder that LLaRA ships."""
+    """Run folder of a sasrec, gru4rec or lrurec run, or the .safetensors weights of an encoder that LLaRA ships."""
     train_sasrec: bool = False
     """Train the ID recommender too, as far as it is read (its rate: --train.lr_multipliers); else it is kept as it is,
     without dropout."""
@@ -74,7 +73,7 @@ class ILoRAItemsConfig(ItemReaderConfig):
 class SASRecTable(ProjectedTable):
     """The item table of the ID recommender, which owns it: no copy, and no second name among the parameters."""
 
-    def __init__(self, sasrec: SASRec | SASRecLLaRA, projector: nn.Module) -> None:
+    def __init__(self, sasrec: SequenceRecommender, projector: nn.Module) -> None:
         super().__init__(projector)
         self.owner = (sasrec,)  # in a tuple, which modules do not look into
 
@@ -86,7 +85,7 @@ class SASRecTable(ProjectedTable):
 class ILoRAItems(ItemReader):
     """Ranks the catalogue by the state of a backbone that has read an ID recommender's states."""
 
-    def __init__(self, config: ILoRAItemsConfig, backbone: Backbone, sasrec: SASRec | SASRecLLaRA) -> None:
+    def __init__(self, config: ILoRAItemsConfig, backbone: Backbone, sasrec: SequenceRecommender) -> None:
         width, own_width = causal_model(backbone).config.get_text_config().hidden_size, sasrec.item_table.shape[1]
         table = SASRecTable(sasrec, make_projector(config.projector, own_width, width))
         output = ItemMatcher(table, config.match)
@@ -105,9 +104,8 @@ class ILoRAItems(ItemReader):
         if config.train_sasrec:
             # DDP waits for every weight that is trained, so only what gets a gradient is.
             reads_states = config.vectors == "states" or self.gate is not None
-            for name, parameter in sasrec.named_parameters():
-                is_read = reads_states and not name.startswith("item_scores")
-                parameter.requires_grad_(is_read or parameter is sasrec.item_table)
+            for parameter in (sasrec.item_embedding.weight, *(sasrec.read_by_states() if reads_states else ())):
+                parameter.requires_grad_()
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training; an ID recommender that is not trained stays as it is evaluated."""
@@ -184,7 +182,7 @@ def states_after(events_BED: Tensor, row_T: Tensor, count_T: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def example_states(sasrec: SASRec | SASRecLLaRA) -> Tensor:
+def example_states(sasrec: SequenceRecommender) -> Tensor:
     """Return states after one event, of some items, behind a row for padding: [n + 1, D]."""
     items = torch.arange(1, len(sasrec.item_table), device=sasrec.item_table.device)
     items = items[:: max(1, len(items) // NORM_SAMPLE)]

@@ -26,8 +26,7 @@ from .decoder import decoder_of, scoring_decoder
 from .expert_gates import ExpertGate, GateConfig, gate_parts
 from .item_embeddings import make_projector, put_vectors
 from .moe_lora import gate_of
-from .sasrec import SASRec
-from .sasrec_llara import SASRecLLaRA
+from .sequence_recommender import SequenceRecommender
 
 
 @dataclass
@@ -37,8 +36,8 @@ class LLaRAConfig:
     prompts: CandidateSettings = field(default_factory=CandidateSettings)
     """How histories and candidates are written, and the curriculum from text to vectors."""
     sasrec: Path | None = None
-    """Run folder of a sasrec run, or the .safetensors weights of an encoder that LLaRA ships. Not needed for
-    --method.prompts.mode text."""
+    """Run folder of a sasrec, gru4rec or lrurec run, or the .safetensors weights of an encoder that LLaRA ships. Not
+    needed for --method.prompts.mode text."""
     train_sasrec: bool = False
     """Train the ID recommender too, as far as it is read (its rate: --train.lr_multipliers); else it is kept as it is,
     without dropout."""
@@ -66,7 +65,7 @@ class LLaRA(Recommender):
     """Scores the candidates that a prompt offers; all other items are at -inf."""
 
     def __init__(
-        self, config: LLaRAConfig, backbone: Backbone, responses: TokenTable, sasrec: SASRec | SASRecLLaRA | None
+        self, config: LLaRAConfig, backbone: Backbone, responses: TokenTable, sasrec: SequenceRecommender | None
     ) -> None:
         super().__init__()
         self.config, self.backbone, self.responses, self.sasrec = config, backbone, responses, sasrec
@@ -74,7 +73,7 @@ class LLaRA(Recommender):
             if config.prompts.mode != "text":
                 raise ValueError(
                     f"--method.prompts.mode {config.prompts.mode} shows item vectors: pass --method.sasrec, the run "
-                    "folder of a sasrec run, or --method.prompts.mode text"
+                    "folder of a sasrec, gru4rec or lrurec run, or --method.prompts.mode text"
                 )
             return
         sasrec.requires_grad_(False)
@@ -90,10 +89,10 @@ class LLaRA(Recommender):
         """Whether the ID recommender encodes histories; otherwise its item table is all that is read."""
         return self.config.vectors == "states" and self.config.prompts.mode != "text"
 
-    def read_parameters(self, sasrec: SASRec | SASRecLLaRA) -> list[nn.Parameter]:
+    def read_parameters(self, sasrec: SequenceRecommender) -> list[nn.Parameter]:
         """Return what of the ID recommender gets a gradient in every step, which DDP insists on for what is trained."""
         if self.reads_states:
-            return [p for name, p in sasrec.named_parameters() if not name.startswith("item_scores")]
+            return sasrec.read_by_states()
         if self.config.prompts.mode == "text":
             raise ValueError("--method.train_sasrec true: --method.prompts.mode text reads nothing of --method.sasrec")
         return [sasrec.get_parameter("item_embedding.weight")]
@@ -174,10 +173,12 @@ class ILoRA(LLaRA):
     """LLaRA whose low-rank update is made for each user: experts mixed by a gate of the user's state."""
 
     def __init__(
-        self, config: ILoRAConfig, backbone: Backbone, responses: TokenTable, sasrec: SASRec | SASRecLLaRA | None
+        self, config: ILoRAConfig, backbone: Backbone, responses: TokenTable, sasrec: SequenceRecommender | None
     ) -> None:
         if sasrec is None:
-            raise ValueError("ilora makes its gate of the user's state: pass --method.sasrec, a run folder of sasrec")
+            raise ValueError(
+                "ilora makes its gate of the user's state: pass --method.sasrec, a run folder of an ID recommender"
+            )
         super().__init__(config, backbone, responses, sasrec)
         self.active = gate_of(causal_model(backbone))
         sizes = sasrec.item_table.shape[1], self.active.num_experts, self.active.num_layers
@@ -198,7 +199,7 @@ class ILoRA(LLaRA):
         return gate_parts(self.active.state, batch.count)
 
 
-def user_states(sasrec: SASRec | SASRecLLaRA, history: SequenceBatch) -> Tensor:
+def user_states(sasrec: SequenceRecommender, history: SequenceBatch) -> Tensor:
     """Return the state after each user's last event, [B, S]; zero for a user without events."""
     states = sasrec.user_states(history)
     return states.masked_fill((history.lengths == 0)[:, None], 0.0)

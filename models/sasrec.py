@@ -10,30 +10,21 @@ from torch import Tensor, nn
 
 from data.batches import SequenceBatch
 
-from . import losses
-from .base import Loss, Recommender
+from .sequence_recommender import SequenceConfig, SequenceRecommender
 
 
 @dataclass
-class SASRecConfig:
+class SASRecConfig(SequenceConfig):
     """SASRec's shape and loss."""
 
-    hidden_size: int = 64
-    """Width of the item embeddings and of every layer."""
     num_blocks: int = 2
     """Self-attention blocks."""
     num_heads: int = 1
     """Attention heads; must divide hidden_size."""
     feed_forward_size: int | None = None
     """Inner width of the feed-forward layers; the same as hidden_size when not given, as published."""
-    dropout: float = 0.2
-    """Dropout on embeddings and feed-forward layers."""
     attention_dropout: float = 0.0
     """Dropout on attention weights, as published; above 0 it rules out the fused attention kernel on CPU."""
-    window: int = 200
-    """Longest history, in events, that the model sees."""
-    windows: Literal["last", "all"] = "last"
-    """Train on each user's most recent window (as published), or on the whole sequence cut into windows."""
     norm: Literal["original", "pre", "post"] = "original"
     """Layer norm: the paper's code (only the query, and the residual is the normalised query), or Pre-/Post-LN."""
     pads: Literal["right", "left"] = "right"
@@ -41,14 +32,6 @@ class SASRecConfig:
     kept at zero, but events attend to them."""
     activation: Literal["relu", "gelu"] = "relu"
     """Activation inside the feed-forward layers."""
-    loss: Literal["cross-entropy", "sampled-cross-entropy", "gbce", "bce"] = "cross-entropy"
-    """Full softmax over the catalogue, or one of the losses with sampled negatives."""
-    num_negatives: int = 256
-    """Negatives of the sampled losses, drawn once a sequence among unseen items (published BCE: 1)."""
-    gbce_t: float = 0.75
-    """Calibration of gBCE: 0 is BCE, 1 gives calibrated probabilities."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -103,13 +86,13 @@ class SASRecBlock(nn.Module):
         return F.dropout(self.outer(inner), self.dropout, self.training)
 
 
-class SASRec(Recommender):
-    """Scores every item by the dot product of its embedding with the state after the last event."""
+class SASRec(SequenceRecommender):
+    """Causal self-attention over item and position embeddings."""
+
+    config: SASRecConfig
 
     def __init__(self, config: SASRecConfig, num_items: int) -> None:
-        super().__init__()
-        self.config, self.num_items = config, num_items
-        self.item_embedding = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
+        super().__init__(config, num_items)
         self.position_embedding = nn.Embedding(config.window + 1, config.hidden_size, padding_idx=0)
         self.blocks = nn.ModuleList(SASRecBlock(config) for _ in range(config.num_blocks))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=1e-8)
@@ -147,56 +130,8 @@ class SASRec(Recommender):
         slot_of_event = (slots[:length] + window - batch.lengths[:, None]).clamp(max=window - 1)
         return states.gather(1, slot_of_event.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
-    def user_states(self, batch: SequenceBatch) -> Tensor:
-        """Return the state after the last event, [B, H]."""
-        return last_states(self.states(batch), batch.lengths)
-
-    @property
-    def item_table(self) -> Tensor:
-        """The item vectors, [N + 1, H]; row 0 is padding."""
-        return self.item_embedding.weight
-
-    def operands(self, states_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [T, H] and [N + 1, H] whose products are the scores that states give to the items."""
-        return states_TH, self.item_table
-
     def positions(self, batch: SequenceBatch) -> Tensor:
         """Return [B, L] positions that end at `window`, so that the newest event always has the same one."""
         slots = torch.arange(batch.items.shape[1], device=batch.items.device)
         positions = self.config.window - batch.lengths[:, None] + slots + 1
         return positions.where(batch.items > 0, 0)
-
-    def loss(self, batch: SequenceBatch) -> Loss:  # type: ignore[override]
-        assert batch.labelled is not None
-        assert batch.targets is not None
-        states_BLH = self.states(batch)
-        # Slots are known from the collator: a mask would make the host wait for the device to count them.
-        hidden_TH = states_BLH.flatten(0, 1).index_select(0, batch.labelled)
-        if self.config.loss == "cross-entropy":
-            table = self.item_embedding.weight[1:]
-            return Loss(losses.full_cross_entropy(hidden_TH, table, batch.targets - 1), batch.count)
-        assert batch.negatives is not None
-        positive_T = (hidden_TH * self.item_embedding(batch.targets)).sum(-1)
-        # The negatives belong to a row, so its positions share one gathered table.
-        negatives_BHK = self.item_embedding(batch.negatives).transpose(1, 2)
-        negative_TK = (states_BLH @ negatives_BHK).flatten(0, 1).index_select(0, batch.labelled)
-        return Loss(self._sampled_loss(positive_T, negative_TK, batch), batch.count)
-
-    def _sampled_loss(self, positive_T: Tensor, negative_TK: Tensor, batch: SequenceBatch) -> Tensor:
-        if self.config.loss == "sampled-cross-entropy":
-            return losses.sampled_cross_entropy(positive_T, negative_TK)  # no hits: the negatives are unseen items
-        t = self.config.gbce_t if self.config.loss == "gbce" else 0.0
-        return losses.gbce(positive_T, negative_TK, losses.gbce_beta(negative_TK.shape[1], self.num_items, t))
-
-    def scores(self, batch: SequenceBatch) -> Tensor:  # type: ignore[override]
-        last = self.user_states(batch)
-        with torch.autocast(last.device.type, enabled=False):
-            query, table = self.operands(last.float())
-            scores = query @ table.float().T
-        scores[:, 0] = -torch.inf
-        return scores
-
-
-def last_states(states_BLH: Tensor, lengths: Tensor) -> Tensor:
-    """Return the state of each row's last event, [B, H]; of the first slot where there is no event."""
-    return states_BLH[torch.arange(len(states_BLH), device=states_BLH.device), (lengths - 1).clamp(min=0)]

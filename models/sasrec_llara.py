@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.batches import SequenceBatch
 
-from .sasrec import last_states
+from .sequence_recommender import SequenceConfig, SequenceRecommender, with_bias
 
 # Our modules -> theirs. Width-1 convolutions are linear maps; layer norms have torch's usual eps, 1e-5.
 PUBLISHED_NAMES = {
@@ -30,13 +30,13 @@ PUBLISHED_NAMES = {
 }
 
 
-class SASRecLLaRA(nn.Module):
+class SASRecLLaRA(SequenceRecommender):
     """Encodes histories and scores items 1..N. It knows no dropout: the same history always gives the same state."""
 
+    score_parameters = ("item_scores",)
+
     def __init__(self, num_items: int, hidden_size: int = 64, window: int = 10) -> None:
-        super().__init__()
-        self.num_items, self.window = num_items, window
-        self.item_embedding = nn.Embedding(num_items + 1, hidden_size, padding_idx=0)
+        super().__init__(SequenceConfig(hidden_size=hidden_size, window=window), num_items)
         self.position_embedding = nn.Embedding(window, hidden_size)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.query, self.key, self.value = (nn.Linear(hidden_size, hidden_size) for _ in range(3))
@@ -44,19 +44,14 @@ class SASRecLLaRA(nn.Module):
         self.outer_norm, self.final_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
         self.item_scores = nn.Linear(hidden_size, num_items + 1)
 
-    @property
-    def item_table(self) -> Tensor:
-        """The item vectors, [N + 1, H]; row 0 is padding."""
-        return self.item_embedding.weight
-
     def states(self, batch: SequenceBatch) -> Tensor:
         """Return the state after every event, [B, L, H]; pads are on the right, where the causal mask hides them.
 
         Raises ValueError for histories of more than `window` events.
         """
         length = batch.items.shape[1]
-        if length > self.window:
-            raise ValueError(f"a history has {length} events, and this encoder reads the last {self.window}")
+        if length > self.config.window:
+            raise ValueError(f"a history has {length} events, and this encoder reads the last {self.config.window}")
         slots = torch.arange(length, device=batch.items.device)
         x = self.item_embedding(batch.items) + self.position_embedding(slots)
         query_in = self.attention_norm(x)
@@ -66,23 +61,9 @@ class SASRecLLaRA(nn.Module):
         x = self.feed_forward_norm(x)
         return self.final_norm(self.outer_norm(self.outer(self.inner(x).relu()) + x))
 
-    def user_states(self, batch: SequenceBatch) -> Tensor:
-        """Return the state after the last event, [B, H]."""
-        return last_states(self.states(batch), batch.lengths)
-
-    def operands(self, states_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [T, H + 1] and [N + 1, H + 1] whose products are the scores that states give to the items."""
-        biased = torch.cat([self.item_scores.weight, self.item_scores.bias[:, None]], dim=1)
-        return F.pad(states_TH, (0, 1), value=1.0), biased
-
-    def scores(self, batch: SequenceBatch) -> Tensor:
-        """Return scores [B, N + 1] float32, column 0 (padding) at -inf."""
-        users = self.user_states(batch)
-        with torch.autocast(users.device.type, enabled=False):
-            query, table = self.operands(users.float())
-            scores = query @ table.T
-        scores[:, 0] = -torch.inf
-        return scores
+    def operands(self, states_H: Tensor) -> tuple[Tensor, Tensor]:
+        """Return operands made of the layer that scores, whose rows are not the item vectors."""
+        return with_bias(states_H, self.item_scores.weight, self.item_scores.bias)
 
 
 def read_sasrec_llara(path: Path, published_ids: np.ndarray | None = None) -> SASRecLLaRA:

@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
 CELLS = [
     ("sasrec float32", "zero1"),
     ("sasrec bf16", "zero2_offload"),
+    ("gru4rec float32", "zero3"),
+    ("lrurec float32", "zero3"),
     ("bigrec float32", "zero3"),
     ("bigrec bf16, checkpointing", "zero3_offload"),
     ("bigrec LoRA float32", "ddp"),

@@ -14,11 +14,11 @@ from launch.config import RunConfig, parse
 from launch.fitting import Planner, flags_that_would_fit
 from launch.memory import RESERVED, STRATEGIES, GiB, forecast
 from launch.rehearsal import Rehearsal, rehearse
+from launch.sequences import sequence_recommender
 from launch.skeletons import BIGRecSkeleton, NextToken, llara_skeleton, make_skeleton
 from models.backbone import describe, load_backbone
 from models.base import Recommender
 from models.llara import LLaRAConfig
-from models.sasrec import SASRec
 from models.skeleton import backbone_skeleton, packed_side_bytes
 from models.tiny import llama_config
 
@@ -47,7 +47,7 @@ def settings(flags: str, folders: dict[str, str]) -> RunConfig:
 def real_model(config: RunConfig) -> Recommender:
     """The model with weights, without what BIGRec needs for scoring only."""
     if config.backbone is None:
-        return SASRec(config.method, ITEMS).train()
+        return sequence_recommender(config.method, ITEMS).train()
     if config.backbone.name == "tiny":
         shape = llama_config(config.backbone.tiny, config.backbone.tiny.vocab_size)
         backbone = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
@@ -113,6 +113,10 @@ MEASURED = [
     "--backbone.quantization 4bit --method.gate.kind resnet",
     "--model sasrec --train.precision bf16",
     "--model sasrec --train.precision fp32 --method.loss gbce --method.num_blocks 3",
+    "--model lrurec --train.precision bf16",
+    "--model lrurec --train.precision fp32 --method.loss gbce",
+    "--model gru4rec --train.precision fp32 --method.num_layers 2",
+    "--model gru4rec --train.precision bf16",
 ]
 
 
