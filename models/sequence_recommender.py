@@ -13,6 +13,8 @@ from data.batches import SequenceBatch
 from . import losses
 from .base import Loss, Recommender
 
+BIAS_COLUMNS = 8  # the bias and zeros: tensor cores want rows of 16-bit numbers in multiples of 16 bytes
+
 
 @dataclass
 class SequenceConfig:
@@ -107,4 +109,5 @@ class SequenceRecommender(Recommender):
 
 def with_bias(states_H: Tensor, table_NH: Tensor, bias_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return operands whose products also add a bias for each item: one more column, which states have at 1."""
-    return F.pad(states_H, (0, 1), value=1.0), torch.cat([table_NH, bias_N[:, None]], dim=1)
+    states_D = F.pad(F.pad(states_H, (0, 1), value=1.0), (0, BIAS_COLUMNS - 1))
+    return states_D, F.pad(torch.cat([table_NH, bias_N[:, None]], dim=1), (0, BIAS_COLUMNS - 1))

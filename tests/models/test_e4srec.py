@@ -175,10 +175,10 @@ E4SREC = ["--model", "e4srec", *SMALL, "--backbone.tiny.hidden_size", "32", "--b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train_table", ["true", "false"])
-def test_a_run_takes_vectors_of_another_and_needs_it_no_more(tmp_path, train_table):
+@pytest.mark.parametrize(("model", "train_table"), [("sasrec", "true"), ("lrurec", "false")])
+def test_a_run_takes_vectors_of_another_and_needs_it_no_more(tmp_path, model, train_table):
     sasrec, e4srec = tmp_path / "sasrec", tmp_path / "e4srec"
-    assert run("--model", "sasrec", *SMALL, "--method.hidden_size", "16", output=sasrec).wait() == 0
+    assert run("--model", model, *SMALL, "--method.hidden_size", "16", output=sasrec).wait() == 0
     own = [f"--method.sasrec={sasrec}", f"--method.input.train_table={train_table}"]
     trained = run(*E4SREC, *own, output=e4srec)
     assert trained.wait() == 0, trained.text()

@@ -141,15 +141,15 @@ def test_muted_rows_add_nothing() -> None:
 
 
 DATA = "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.trackers [] --train.precision fp32"
-MEMBER = f"--model sasrec {DATA} --method.window 12 --method.hidden_size 16 --method.num_blocks 1 --train.lr 0.01"
+MEMBER = f"{DATA} --method.window 12 --method.hidden_size 16 --method.num_blocks 1 --train.lr 0.01"
 GATED = "--train.epochs 3 --train.batch_size 16 --train.lr 0.01"
 
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two small SASRec runs, of different seeds and lengths."""
+    """Two small runs of different kinds and lengths."""
     folder = tmp_path_factory.mktemp("members")
-    for name, flags in (("short", "--train.epochs 1"), ("long", "--train.epochs 6 --train.seed 7")):
+    for name, flags in (("short", "--model sasrec --train.epochs 1"), ("long", "--model lrurec --train.epochs 6")):
         done = run(*MEMBER.split(), *flags.split(), output=folder / name)
         assert (done.folder / "results.json").is_file(), done.text()
     return [folder / "short", folder / "long"]

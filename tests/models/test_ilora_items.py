@@ -18,6 +18,7 @@ from models.backbone import BackboneConfig, causal_model, load_backbone, load_to
 from models.e4srec import token_norm
 from models.expert_gates import GateConfig
 from models.ilora_items import ILoRAItems, ILoRAItemsConfig
+from models.lrurec import LRURec, LRURecConfig
 from models.moe_lora import add_moe_lora
 from models.sasrec import SASRec, SASRecConfig
 from models.sasrec_llara import SASRecLLaRA
@@ -73,6 +74,14 @@ def random_sasrec(num_items, dropout=0.0):
     for parameter in sasrec.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return sasrec
+
+
+def inner_recommender(name, num_items):
+    if name == "published":
+        return SASRecLLaRA(num_items, SASREC_WIDTH)
+    if name == "lrurec":
+        return LRURec(LRURecConfig(hidden_size=SASREC_WIDTH, window=HISTORY, dropout=0.0), num_items)
+    return random_sasrec(num_items)
 
 
 def users_of(case, batch):
@@ -164,11 +173,11 @@ def test_a_frozen_recommender_gets_no_gradient_and_no_dropout(sample):
 @pytest.mark.parametrize("vectors", ["table", "states"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("space", ["backbone", "sasrec"])
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("inner", ["sasrec", "published", "lrurec"])
 @pytest.mark.parametrize("match", ["dot", "cosine"])
-def test_all_that_is_trained_gets_a_gradient(sample, vectors, gated, space, published, match):
+def test_all_that_is_trained_gets_a_gradient(sample, vectors, gated, space, inner, match):
     """What would not, DDP would wait for."""
-    sasrec = SASRecLLaRA(sample[0].num_items, SASREC_WIDTH) if published else None
+    sasrec = inner_recommender(inner, sample[0].num_items)
     settings = {"vectors": vectors, "space": space, "match": match, "distillation": "kl"}
     case = Case(sample, gated=gated, train_sasrec=True, sasrec=sasrec, **settings)
     gradients = case.gradients()
@@ -176,7 +185,8 @@ def test_all_that_is_trained_gets_a_gradient(sample, vectors, gated, space, publ
     assert trained == gradients.keys()
     assert gradients["sasrec.item_embedding.weight"].any()
     reads_states = vectors == "states" or gated
-    assert any("attention_norm" in name for name in trained) == reads_states
+    layers = {name for name in trained if name.startswith("sasrec.") and name != "sasrec.item_embedding.weight"}
+    assert bool(layers) == reads_states
 
 
 def test_the_table_learns_from_the_match_and_from_the_states(sample):
@@ -235,12 +245,15 @@ def test_distillation_is_zero_where_the_model_says_what_the_recommender_says(sam
     assert torch.autograd.grad(other + case.sasrec.item_table.sum(), events, allow_unused=True) == (None,)
 
 
-def test_a_published_recommender_teaches_what_it_scores(sample):
-    """Its scores come from a layer of their own, bias included, not from its item table."""
-    sasrec = SASRecLLaRA(sample[0].num_items, SASREC_WIDTH)
-    torch.nn.init.normal_(sasrec.item_scores.bias)
+@pytest.mark.parametrize("inner", ["published", "lrurec"])
+def test_a_recommender_teaches_what_it_scores(sample, inner):
+    """The published one has a layer for its scores, and LRURec a bias for each item."""
+    sasrec = inner_recommender(inner, sample[0].num_items)
+    torch.nn.init.normal_(sasrec.item_scores.bias if inner == "published" else sasrec.item_bias)
     case = Case(sample, mode="prefix", sasrec=sasrec, distillation="kl")
-    teacher = sasrec.item_scores(users_of(case, case.batch))[:, 1:].log_softmax(1)
+    users = users_of(case, case.batch)
+    biased = users @ sasrec.item_table.T + sasrec.item_bias if inner == "lrurec" else sasrec.item_scores(users)
+    teacher = biased[:, 1:].log_softmax(1)
     logits = case.model.read(case.batch) @ case.model.input.vectors()[1:].T
     by_hand = F.kl_div(logits.log_softmax(1), teacher, reduction="sum", log_target=True)
     torch.testing.assert_close(case.model.loss(case.batch).parts["distillation"], by_hand.detach())
@@ -340,7 +353,7 @@ def test_a_run_trains_evaluates_and_recommends(sasrec_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--method.sasrec, a run of sasrec"),
+        ([], "--method.sasrec, a run of sasrec, gru4rec or lrurec"),
         (["--method.sasrec={sasrec}", "--method.prompts.max_history=300"], "--method.prompts.max_history 50"),
         (["--method.sasrec={sasrec}", "--method.distillation=mse"], "--method.space sasrec"),
         (["--method.sasrec={sasrec}/nothing.safetensors"], "no such file"),

@@ -20,10 +20,13 @@ from data.splits import split
 from models.backbone import BackboneConfig, causal_model, load_backbone, load_tokenizer
 from models.candidate_scoring import greedy_answers
 from models.decoder import decoder_of
+from models.gru4rec import GRU4Rec, GRU4RecConfig
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig, with_states
+from models.lrurec import LRURec, LRURecConfig
 from models.moe_lora import MoELoRALinear, add_moe_lora
 from models.sasrec import SASRec, SASRecConfig
 from models.sasrec_llara import SASRecLLaRA
+from models.sequence_recommender import SequenceRecommender
 from models.tiny import TinyConfig
 
 SAMPLE = DataConfig(source="sample", sample_users=30, sample_series=12)
@@ -249,16 +252,22 @@ def test_every_weight_that_is_trained_gets_a_gradient_in_every_step_and_no_other
     assert settings["mode"] == "text" or any(name.startswith("projector.") for name in learning)
 
 
-def test_of_a_shipped_recommender_all_but_its_scores_are_trained(sample: Sample) -> None:
+@pytest.mark.parametrize("inner", ["published", "lrurec", "gru4rec"])
+def test_of_other_recommenders_all_but_what_only_scores_is_trained(sample: Sample, inner: str) -> None:
     parts, _, encoder = sample
-    sasrec = SASRecLLaRA(parts.num_items, hidden_size=16, window=10)
+    sasrec: SequenceRecommender = {
+        "published": SASRecLLaRA(parts.num_items, hidden_size=16),
+        "lrurec": LRURec(LRURecConfig(hidden_size=16), parts.num_items),
+        "gru4rec": GRU4Rec(GRU4RecConfig(hidden_size=16), parts.num_items),
+    }[inner]
     config = LLaRAConfig(CandidateSettings(num_candidates=CANDIDATES), vectors="states", train_sasrec=True)
     model = LLaRA(config, make(sample).backbone, encoder.responses, sasrec)
     model.double().train()
     model(training_batch(sample, model)).total.backward()
     trained = {name for name, p in sasrec.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in sasrec.named_parameters() if p.grad is not None}
-    assert trained == {name for name, _ in sasrec.named_parameters()} - {"item_scores.weight", "item_scores.bias"}
+    scores = {"item_scores.weight", "item_scores.bias", "item_bias"}
+    assert trained == {name for name, _ in sasrec.named_parameters()} - scores
 
 
 def test_a_frozen_recommender_stays_as_it_is_evaluated_and_a_trained_one_drops_out(sample: Sample) -> None:

@@ -14,7 +14,7 @@ COMMON = (
     "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.precision fp32 --train.trackers [] "
     "--train.batch_size 16 --train.log_every_steps 1"
 ).split()
-SASREC = ["--model", "sasrec", *COMMON, "--method.window", "12", "--method.hidden_size", "16", "--train.lr", "0.01"]
+INNER = [*COMMON, "--method.window", "12", "--method.hidden_size", "16", "--train.lr", "0.01"]
 SMALL = (
     *COMMON,
     *"--evaluation.protocol candidates-20 --train.lr 0.003 --train.max_steps 6 --method.max_new_tokens 12".split(),
@@ -25,7 +25,7 @@ TINY = "--backbone.tiny.hidden_size 32 --backbone.tiny.layers 1".split()
 @pytest.fixture(scope="module")
 def sasrec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "sasrec"
-    trained = run(*SASREC, "--train.epochs=3", output=folder)
+    trained = run("--model=sasrec", *INNER, "--train.epochs=3", output=folder)
     assert trained.process.exitcode == 0, trained.text()
     return folder
 
@@ -65,8 +65,9 @@ def test_llara_trains_from_a_sasrec_run_and_is_measured_on_draws(tmp_path: Path,
     assert "Traceback" not in refused.text()
 
 
-def test_ilora_trains_on_a_pre_trained_base_and_names_its_sasrec(tmp_path: Path, sasrec: Path, backbone: Path) -> None:
-    own = Path(shutil.copytree(sasrec, tmp_path / "own-sasrec"))
+def test_ilora_trains_on_a_pre_trained_base_and_names_its_recommender(tmp_path: Path, backbone: Path) -> None:
+    own = tmp_path / "own-gru4rec"
+    assert run("--model=gru4rec", *INNER, "--train.epochs=1", output=own).wait() == 0
     flags = f"--backbone.name={backbone} --backbone.adapter=moe-lora --method.vectors=states --method.gate.kind=resnet"
     output = tmp_path / "ilora"
     trained = run("--model=ilora", *SMALL, *flags.split(), f"--method.sasrec={own}", output=output)
