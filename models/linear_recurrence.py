@@ -1,6 +1,7 @@
 """A diagonal linear recurrence over complex channels, all positions in parallel."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _LinearRecurrence(torch.autograd.Function):
-    """Keeps the states for the backward pass and nothing else: the gradient is the same recurrence, run backwards."""
+    """Keeps the states for the backward pass and nothing else: the gradient is the same recurrence from the end."""
 
     @staticmethod
     def forward(ctx: Any, inputs_BLC: Tensor, decay_C: Tensor) -> Tensor:
@@ -21,8 +22,9 @@ class _LinearRecurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BLC: Tensor) -> tuple[Tensor, Tensor]:
         states_BLC, decay_C = ctx.saved_tensors
-        grad_BLC = scan_(grad_BLC.flip(1), decay_C.conj()).flip(1)
-        grad_decay_C = (grad_BLC[:, 1:] * states_BLC[:, :-1].conj()).sum((0, 1))
+        grad_BLC = grad_BLC.clone(memory_format=torch.contiguous_format)
+        scan_(grad_BLC, decay_C.conj().resolve_conj(), backwards=True)
+        grad_decay_C = states_BLC[:, :-1].conj_physical().mul_(grad_BLC[:, 1:]).sum((0, 1))
         return grad_BLC, grad_decay_C
 
 
@@ -31,23 +33,22 @@ def linear_recurrence(inputs_BLC: Tensor, decay_C: Tensor) -> Tensor:
     return _LinearRecurrence.apply(inputs_BLC, decay_C)
 
 
-def scan_(states_BLC: Tensor, decay_C: Tensor) -> Tensor:
+def scan_(states_BLC: Tensor, decay_C: Tensor, backwards: bool = False) -> Tensor:
     """Turn the inputs of the recurrence into its states, in place, in about 2 sqrt(L) steps.
 
     The positions are cut into blocks of sqrt(L). First all blocks advance together, each as if it were alone; then each
     hands its last state on to the next. Only powers of `decay` are multiplied, which cannot overflow where it shrinks.
     """
     rows, length, channels = states_BLC.shape
-    size = math.isqrt(max(0, length - 1)) + 1
-    count = length // size
-    blocks, rest = states_BLC[:, : count * size].view(rows, count, size, channels), states_BLC[:, count * size :]
-    for i in range(1, size):
-        blocks[:, :, i].addcmul_(blocks[:, :, i - 1], decay_C)
-    for i in range(1, rest.shape[1]):
-        rest[:, i].addcmul_(rest[:, i - 1], decay_C)
-    powers = decay_C.expand(size, channels).cumprod(0)
-    for block in range(1, count):
-        blocks[:, block].addcmul_(blocks[:, block - 1, -1:], powers)
-    if count:
-        rest.addcmul_(blocks[:, -1, -1:], powers[: rest.shape[1]])
+    size, order = math.isqrt(length - 1) + 1, -1 if backwards else 1
+    blocks, rest = states_BLC.split([length // size * size, length % size], dim=1)
+    for slots in (blocks.view(rows, length // size, size, channels).unbind(2), rest.unbind(1)):
+        for before, now in pairwise(slots[::order]):
+            now.addcmul_(before, decay_C)
+    powers_SC = decay_C.expand(size, channels).cumprod(0)
+    for before, now in pairwise(states_BLC.split(size, dim=1)[::order]):
+        if backwards:
+            now.addcmul_(before[:, :1], powers_SC.flip(0))
+        else:
+            now.addcmul_(before[:, -1:], powers_SC[: now.shape[1]])
     return states_BLC
