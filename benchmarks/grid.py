@@ -39,7 +39,7 @@ COMMON = (
     "--train.eval_every_steps 100"
 ).split()
 OF_ITEM_IDS = "--method.window 12 --method.hidden_size 32 --method.dropout 0".split()
-SASREC = ["--model", "sasrec", *OF_ITEM_IDS]
+SASREC, LRUREC, GRU4REC = (["--model", name, *OF_ITEM_IDS] for name in ("sasrec", "lrurec", "gru4rec"))
 TINY = "--backbone.tiny.hidden_size 32 --backbone.tiny.layers 2".split()
 BIGREC = ["--model", "bigrec", *TINY]
 LORA = "--model bigrec --backbone.lora_dropout 0".split()
@@ -51,8 +51,8 @@ ILORA = [*MOE_LORA, *CANDIDATES, "--method.vectors=states"]
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],
     "sasrec bf16": [*SASREC, "--train.precision=bf16"],
-    "gru4rec float32": ["--model", "gru4rec", *OF_ITEM_IDS, "--method.num_layers=2", "--train.precision=fp32"],
-    "lrurec float32": ["--model", "lrurec", *OF_ITEM_IDS, "--train.precision=fp32"],
+    "lrurec float32": [*LRUREC, "--train.precision=fp32"],
+    "gru4rec float32": [*GRU4REC, "--method.num_layers=2", "--train.precision=fp32"],
     "bigrec float32": [*BIGREC, "--train.precision=fp32"],
     "bigrec bf16, checkpointing": [*BIGREC, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
     "bigrec LoRA float32": [*LORA, "--train.precision=fp32"],

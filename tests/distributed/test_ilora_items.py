@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grid import COMMON, SASREC, bound, loss_difference, save_small_backbone
+from benchmarks.grid import COMMON, LRUREC, bound, loss_difference, save_small_backbone
 from tests.distributed.test_strategies import SHORT, environment, finish
 from tests.runs import run, start_ranks, validations
 
@@ -20,9 +20,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sasrec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "sasrec"
-    done = run(*SASREC, *COMMON, "--train.precision=fp32", "--train.max_steps=20", output=folder)
+def recommender(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lrurec"  # of the three, the one with a weight that only scores
+    done = run(*LRUREC, *COMMON, "--train.precision=fp32", "--train.max_steps=20", output=folder)
     assert done.process.exitcode == 0, done.text()
     return folder
 
@@ -36,10 +36,10 @@ def sasrec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_strategy_trains_like_one_process_and_resumes(
-    backbone: Path, sasrec: Path, tmp_path: Path, row: str, strategy: str, extra: list[str]
+    backbone: Path, recommender: Path, tmp_path: Path, row: str, strategy: str, extra: list[str]
 ) -> None:
-    flags = ["--model=ilora-items", f"--method.sasrec={sasrec}", f"--backbone.name={backbone}", *extra, *COMMON, *SHORT]
-    flags += ["--method.prompts.max_history=12"]
+    flags = ["--model=ilora-items", f"--method.sasrec={recommender}", "--method.prompts.max_history=12"]
+    flags += [f"--backbone.name={backbone}", *extra, *COMMON, *SHORT]
     one = run(*flags, "--train.max_steps=6", output=tmp_path / "one")
     assert one.process.exitcode == 0, one.text()
     for steps in (4, 6):
