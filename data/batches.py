@@ -201,7 +201,7 @@ class TrainingPrompts:
 
     def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> PromptBatch:
         rows = self.prompts[indices]
-        input_ids, attention_mask = _pad(rows["input_ids"], side="right")
+        input_ids, attention_mask = pad(rows["input_ids"], side="right")
         labels = np.full_like(input_ids, NO_LABEL)
         next_items = np.zeros_like(input_ids)
         for i, (ids, context) in enumerate(zip(rows["input_ids"], rows["context"], strict=True)):
@@ -234,14 +234,14 @@ class EvaluationPrompts:
 
     def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> PromptBatch:
         rows = self.prompts[indices]
-        input_ids, attention_mask = map(torch.from_numpy, _pad(rows["input_ids"], side="left"))
+        input_ids, attention_mask = map(torch.from_numpy, pad(rows["input_ids"], side="left"))
         row = rows["row"].astype(np.int64)
         history = None if self.histories is None else self.histories.collate(row, 0)
         assert history is None or isinstance(history, SequenceBatch)
         return PromptBatch(input_ids, attention_mask, row=torch.from_numpy(row), history=history)
 
 
-def _pad(sequences: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[np.ndarray, np.ndarray]:
+def pad(sequences: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[np.ndarray, np.ndarray]:
     """Return [B, L] int64 token ids, padded with 0, and their attention mask."""
     ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
     mask = np.zeros_like(ids)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from .backbone import Backbone
+from .pooling import pool
 
 MAX_TOKENS = 256  # all-MiniLM-L6-v2 was trained on shorter texts than its 512 positions
 
@@ -25,8 +26,7 @@ def text_vectors(
         settings = {"padding": True, "padding_side": "right", "truncation": True, "max_length": MAX_TOKENS}
         batch = tokenizer([texts[i] for i in rows], return_tensors="pt", **settings).to(encoder.device)
         states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch["attention_mask"][..., None]
-        found.append((rows, F.normalize((states.float() * mask).sum(1) / mask.sum(1), dim=1)))
+        found.append((rows, F.normalize(pool(states, batch["attention_mask"], "mean"), dim=1)))
     vectors = torch.empty(len(texts), found[0][1].shape[1])
     for rows, part in found:
         vectors[rows] = part.cpu()
