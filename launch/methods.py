@@ -16,6 +16,7 @@ from data.title_tokens import TitleTokens
 from data.tokenized import Prompts
 from models.backbone import is_causal, load_backbone, load_tokenizer
 from models.bigrec import BIGRec, BIGRecConfig
+from models.dense_retrieval import DenseRetrievalConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.ensemble import EnsembleConfig
 from models.gru4rec import GRU4RecConfig
@@ -28,6 +29,7 @@ from models.sasrec import SASRecConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
+from .dense_retrieval import build_dense_retrieval
 from .item_tables import item_tables
 from .llara import build_llara, inner_sasrec
 from .members import build_ensemble
@@ -133,6 +135,7 @@ def build_item_reader(setting: Setting) -> Built:
 
 METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
+    "dense-retrieval": Method(DenseRetrievalConfig, build_dense_retrieval, has_backbone=True),
     "e4srec": Method(E4SRecConfig, build_item_reader, has_backbone=True),
     "ensemble": Method(EnsembleConfig, build_ensemble),
     "gru4rec": Method(GRU4RecConfig, build_sequence_recommender),

@@ -1,0 +1,285 @@
+"""Dense retrieval: a text encoder reads a user's history and an item's title alike, and their vectors are compared.
+
+The recipe of Contriever (Izacard et al., "Unsupervised Dense Information Retrieval with Contrastive Learning",
+arXiv 2112.09118) moved from passages to items. A catalogue is small, so instead of a queue of stale passages there may
+be the whole of it among the negatives, encoded anew every so often.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from data.retrieval_examples import RetrievalBatch
+from data.retrieval_texts import RetrievalTexts, RetrievalTextSettings
+from data.texts import TextBatch
+
+from .base import Loss, Recommender
+from .contrastive import gather_rows, info_nce
+from .decoder import largest_anywhere
+from .pooling import Pooling
+from .text_encoder import TextEncoder
+
+NEVER, FOR_GOOD = -1, -2  # beside a number of refreshes: no index was made yet; it is the one of the final weights
+ITEMS_PER_PASS = 256  # titles are short
+
+
+@dataclass
+class DenseRetrievalConfig:
+    """Texts, encoders, and what a user's next item is told from."""
+
+    texts: RetrievalTextSettings = field(default_factory=RetrievalTextSettings)
+    """How users and items read."""
+    two_encoders: bool = False
+    """Give users and items an encoder each, from the same weights on; false: one for both."""
+    pooling: Pooling = "mean"
+    """What of a text's states is its vector: their mean, their mean with later tokens weighing more (for causal
+    decoders), the last token's, or the first one's."""
+    normalize: bool = True
+    """Compare by cosine; false: by dot product."""
+    temperature: float = 0.05
+    """Similarities are divided by it."""
+    learn_temperature: bool = False
+    """Learn it from there on."""
+    loss: Literal["in-batch", "catalogue"] = "catalogue"
+    """The softmax runs over the targets of the batch, of all processes, or over the whole catalogue: there, what is not
+    a target in the batch stands in the index as it was last encoded, without gradient."""
+    cuts: int = 1
+    """Targets of each user in an epoch, each with the history before it."""
+    refresh_epochs: float = 0.25
+    """Part of an epoch after which the index is encoded anew; 0: loss catalogue encodes every item in each step, with
+    gradient."""
+    hard_negatives: int = 0
+    """Loss in-batch: for each user, the items nearest in the index that the user did not take are negatives, too."""
+    log_q: bool = False
+    """Loss in-batch: let each negative stand for the items that are drawn as seldom as it is."""
+    mask_history: bool = True
+    """What else a user took in training is no negative."""
+    label_smoothing: float = 0.0
+    """Part of the target that all candidates share."""
+    learn_ids: bool = False
+    """Add to the vector of each item's text one of its own, learned from zero on."""
+    grad_cache_rows: int | None = None
+    """Texts of a forward and backward pass: their activations are computed twice, so that a batch of any size takes the
+    memory of so many (GradCache). By default all at once."""
+
+    def __post_init__(self) -> None:
+        if self.loss == "catalogue" and (self.hard_negatives or self.log_q):
+            raise ValueError(
+                "--method.loss catalogue has every item among its negatives, each once: --method.hard_negatives and "
+                "--method.log_q belong to --method.loss in-batch"
+            )
+        if self.hard_negatives and not self.refresh_epochs:
+            raise ValueError("--method.refresh_epochs 0 keeps no index, and --method.hard_negatives looks into it")
+        for name in ("temperature", "cuts", "grad_cache_rows"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--method.{name} {value}: expected more than 0")
+
+
+class DenseRetrieval(Recommender):
+    """Two text encoders, or one in both roles, and the catalogue as vectors.
+
+    B users, T of them with a label, n distinct items, N catalogue, D width.
+    """
+
+    item_index: Tensor  # [N + 1, D]: vectors of the items' texts as they were last encoded
+    index_age: Tensor  # [] int64: which refresh that was, NEVER or FOR_GOOD
+    saved_buffers = ("item_index", "index_age")
+
+    def __init__(
+        self, config: DenseRetrievalConfig, texts: RetrievalTexts, user_encoder: TextEncoder, item_encoder: TextEncoder
+    ) -> None:
+        super().__init__()
+        self.config, self.texts = config, texts
+        self.user_encoder, self.item_encoder = user_encoder, item_encoder
+        log_scale = -torch.tensor(config.temperature).log()
+        self.log_scale = nn.Parameter(log_scale) if config.learn_temperature else None
+        self.ids = None
+        if config.learn_ids:
+            self.ids = nn.Embedding(texts.num_items + 1, item_encoder.width)
+            nn.init.zeros_(self.ids.weight)
+        self.register_buffer("item_index", torch.zeros(texts.num_items + 1, item_encoder.width))
+        self.register_buffer("index_age", torch.tensor(NEVER))
+        # They are alike on all processes already: DDP need not send them in every step.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, list(self.saved_buffers))
+        self._evaluated: Tensor | None = None
+
+    # --- Training ---
+
+    def loss(self, batch: RetrievalBatch) -> Loss:  # type: ignore[override]
+        users_BD = self.encode_users(batch)
+        assert batch.targets is not None
+        users_TD = users_BD[: len(batch.targets)]
+        total = self.catalogue_loss(users_TD, batch) if self.config.loss == "catalogue" else None
+        return Loss(self.in_batch_loss(users_TD, batch) if total is None else total, batch.count)
+
+    def in_batch_loss(self, users_TD: Tensor, batch: RetrievalBatch) -> Tensor:
+        """Summed InfoNCE against the targets of all processes, then all their hard negatives."""
+        assert batch.targets is not None
+        assert batch.places is not None
+        assert batch.log_q is not None
+        live_nD = self.item_vectors(self.encode(self.item_encoder, batch.items), batch.item_ids)
+        positives_ND, first = gather_rows(live_nD[batch.places])
+        items_N, log_q_N = gather_rows(batch.targets).rows, gather_rows(batch.log_q).rows
+        label_T = first + torch.arange(len(batch.targets), device=items_N.device)
+        if self.config.hard_negatives:
+            hard_ids = self.hard_negatives(users_TD.detach(), batch)
+            vectors = self.item_vectors(self.encode_items(hard_ids), hard_ids)
+            kept = self.config.hard_negatives * len(batch.targets)
+            hard_ND, hard_items = gather_rows(vectors[:kept]).rows, gather_rows(hard_ids[:kept]).rows
+            positives_ND, items_N = torch.cat([positives_ND, hard_ND]), torch.cat([items_N, hard_items])
+            log_q_N = F.pad(log_q_N, (0, len(hard_items)), value=torch.inf)  # these were not drawn
+        masked_TN = (items_N == batch.targets[:, None]) | self.seen(batch)[:, items_N]
+        return info_nce(
+            self.logits(users_TD, positives_ND),
+            label_T,
+            masked_TN,
+            log_q_N if self.config.log_q else None,
+            self.config.label_smoothing,
+        )
+
+    def catalogue_loss(self, users_TD: Tensor, batch: RetrievalBatch) -> Tensor:
+        """Summed cross-entropy over the catalogue: vectors with gradient where there are some, else the index."""
+        assert batch.targets is not None
+        assert batch.item_ids is not None
+        if self.config.refresh_epochs:
+            self.refresh(batch.progress)
+            live_nD, ids = self.encode(self.item_encoder, batch.items), batch.item_ids
+            if not len(batch.targets):  # of a muted batch
+                live_nD, ids = live_nD[:0], ids[:0]
+        else:
+            ids = self.own_share()
+            live_nD = self.encode_items(ids)
+        live_MD, ids_M = gather_rows(live_nD).rows, gather_rows(ids).rows
+        # An item that several processes have encoded is the mean of its copies: each gets its part of the gradient.
+        copies_N1 = torch.zeros_like(self.item_index[:, :1]).index_add(0, ids_M, torch.ones_like(live_MD[:, :1]))
+        live_ND = torch.zeros_like(self.item_index).index_add(0, ids_M, live_MD) / copies_N1.clamp(min=1)
+        table_ND = torch.where(copies_N1 > 0, live_ND, self.item_index)
+        items = torch.arange(len(table_ND), device=ids.device)
+        logits = self.logits(users_TD, self.item_vectors(table_ND, items))
+        masked_TN = self.seen(batch)
+        masked_TN[:, 0] = True
+        return info_nce(logits, batch.targets, masked_TN, label_smoothing=self.config.label_smoothing)
+
+    def logits(self, users_TD: Tensor, items_ND: Tensor) -> Tensor:
+        """Scaled similarities [T, N], in float32: under a temperature of .05 bfloat16 would be off by a tenth."""
+        with torch.autocast(users_TD.device.type, enabled=False):
+            scale = 1 / self.config.temperature if self.log_scale is None else self.log_scale.exp()
+            return users_TD @ items_ND.T * scale
+
+    def seen(self, batch: RetrievalBatch) -> Tensor:
+        """Return [T, N + 1] bool: what each user took in training, where that is no negative."""
+        assert batch.targets is not None
+        assert batch.seen is not None
+        table = torch.zeros(len(self.item_index) * len(batch.targets), dtype=torch.bool, device=batch.targets.device)
+        table = table.view(len(batch.targets), -1)
+        if self.config.mask_history and len(batch.targets):
+            table[batch.seen[0], batch.seen[1]] = True
+        return table
+
+    @torch.no_grad()
+    def hard_negatives(self, users_TD: Tensor, batch: RetrievalBatch) -> Tensor:
+        """Return the items nearest to each user that the user did not take, [T * K]; one where T is 0."""
+        self.refresh(batch.progress)
+        assert batch.targets is not None
+        items = torch.arange(len(self.item_index), device=users_TD.device)
+        scores_TN = self.logits(users_TD, self.item_vectors(self.item_index, items))
+        scores_TN[self.seen(batch)] = -torch.inf
+        scores_TN[:, 0] = -torch.inf
+        scores_TN.scatter_(1, batch.targets[:, None], -torch.inf)
+        hard = scores_TN.topk(self.config.hard_negatives, dim=1).indices.flatten()
+        return hard if len(hard) else items[1:2]
+
+    def refresh(self, progress: float) -> None:
+        """Encode the catalogue anew when a part of the epoch is over; all processes find out alike."""
+        age = int(progress / self.config.refresh_epochs + 1e-9)
+        if age != int(self.index_age):
+            self.item_index.copy_(self.encode_catalogue())
+            self.index_age.fill_(age)
+
+    # --- Vectors ---
+
+    def encode_users(self, batch: RetrievalBatch) -> Tensor:
+        """Return users as vectors, [B, D]."""
+        vectors = self.encode(self.user_encoder, batch.users)
+        return F.normalize(vectors, dim=1) if self.config.normalize else vectors
+
+    def item_vectors(self, texts_nD: Tensor, items_n: Tensor | None) -> Tensor:
+        """Return what users are compared with, from the vectors of the items' texts, [n, D]."""
+        if self.ids is not None:
+            texts_nD = texts_nD + self.ids(items_n)
+        return F.normalize(texts_nD, dim=1) if self.config.normalize else texts_nD
+
+    def encode(self, encoder: TextEncoder, batches: tuple[TextBatch, ...]) -> Tensor:
+        """Return the vectors of the texts in all batches, [n, D].
+
+        With `grad_cache_rows` only vectors are kept, and the backward pass encodes each batch again, with the same
+        dropout: the gradients of the vectors are then known, which is GradCache (Gao et al., arXiv 2101.06983) in one
+        backward pass, as DDP and ZeRO want it.
+        """
+        texts = sum(map(len, batches))
+        missing = largest_anywhere(encoder, len(batches)) - len(batches)
+        batches += batches[:1] * missing  # they have no part in the loss, but in forward and backward passes
+        if self.config.grad_cache_rows is None or not torch.is_grad_enabled():
+            return torch.cat([encoder(batch) for batch in batches])[:texts]
+        # To the end, since ZeRO-3 gives weights back where a module ends.
+        parts = [checkpoint(encoder, batch, use_reentrant=False, early_stop=False) for batch in batches]
+        return torch.cat(parts)[:texts]
+
+    def encode_items(self, items: Tensor, rows: int | None = None) -> Tensor:
+        """Return the vectors of the texts of some items, [n, D]."""
+        batches = self.texts.item_batches(items.cpu().numpy(), rows or self.config.grad_cache_rows)
+        return self.encode(self.item_encoder, tuple(batch.to(items.device) for batch in batches))
+
+    @torch.no_grad()
+    def encode_catalogue(self) -> Tensor:
+        """Return the vectors of the texts of all items, [N + 1, D], each process encoding its share. Collective."""
+        was_training = self.training
+        self.eval()
+        own = self.own_share()
+        vectors, items = (gather_rows(rows).rows for rows in (self.encode_items(own, ITEMS_PER_PASS), own))
+        self.train(was_training)
+        return torch.zeros_like(self.item_index).index_copy(0, items, vectors)
+
+    def own_share(self) -> Tensor:
+        """Return this process's part of the items, those of similar length behind each other; never none."""
+        by_length = 1 + np.argsort(self.texts.items.lengths[1:], kind="stable")
+        state = PartialState()
+        mine = by_length[state.process_index :: state.num_processes]
+        return torch.from_numpy(mine if len(mine) else by_length[:1]).to(self.item_index.device)
+
+    # --- Evaluation ---
+
+    def train(self, mode: bool = True) -> "DenseRetrieval":
+        """Training ends the life of the vectors that an evaluation has made."""
+        if mode:
+            self._evaluated = None
+        return super().train(mode)
+
+    def scores(self, batch: RetrievalBatch) -> Tensor:  # type: ignore[override]
+        users_BD = self.encode_users(batch)
+        with torch.autocast(users_BD.device.type, enabled=False):
+            scores_BN = users_BD @ self.evaluated().T
+        scores_BN[:, 0] = -torch.inf
+        return scores_BN
+
+    def evaluated(self) -> Tensor:
+        """Return the catalogue as vectors of the current weights, [N + 1, D], made once an evaluation."""
+        if self._evaluated is None:
+            kept = int(self.index_age) == FOR_GOOD
+            texts_ND = self.item_index if kept else self.encode_catalogue()
+            items = torch.arange(len(texts_ND), device=texts_ND.device)
+            self._evaluated = self.item_vectors(texts_ND, items)
+        return self._evaluated
+
+    @torch.no_grad()
+    def keep_index(self, batch: RetrievalBatch) -> None:
+        """Encode the catalogue with the final weights, to be saved with them. Collective; asks nothing of the batch."""
+        self.item_index.copy_(self.encode_catalogue())
+        self.index_age.fill_(FOR_GOOD)
