@@ -52,6 +52,10 @@ class DataConfig:
     """global-time: validation starts at this quantile of all event times."""
     test_quantile: float = 0.9
     """global-time: test starts at this quantile of all event times."""
+    cold_items: float = 0.0
+    """Part of the items that the test asks for, 0 to 1, that training and validation never meet: new items."""
+    cold_seed: int = 0
+    """Which items those are."""
     sample_users: int = 500
     """sample: number of users."""
     sample_series: int = 50

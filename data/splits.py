@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ class Split:
     """Every user's sequence, oldest event first, with its training part and the targets of both phases.
 
     Two results compare only if their `hash` is equal: sha256 over one line "raw user<TAB>raw test item<LF>"
-    a test target, users ascending.
+    a test target, users ascending. With cold items (data/cold_items.py) it is a hash of that and of their raw ids.
     """
 
     name: str  # of the dataset
@@ -45,6 +45,7 @@ class Split:
     num_items: int
     hash: str
     raw_users: tuple[str, ...]  # [U]
+    cold_items: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # that only test targets name
 
     @property
     def num_users(self) -> int:

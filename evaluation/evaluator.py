@@ -22,7 +22,7 @@ from models.popularity import Popularity
 from .metrics import Ties, coverage, per_user_metrics
 from .protocols import Mask, Protocol, candidates_hash, draw_candidates, metric_prefix, seen_pairs
 from .ranks import InvalidScoresError, Ranks, candidate_mask, count_among, top_items
-from .results import Evaluation
+from .results import Evaluation, Slice
 from .significance import bootstrap_intervals
 
 
@@ -149,7 +149,19 @@ class Evaluator:
         }
         intervals = bootstrap_intervals(per_user, self.seed)
         recommendations, raw_users = share.recommendations, self.split.raw_users
-        return Evaluation(metrics, intervals, ranks, recommendations, header, raw_users, self.candidates)
+        slices = self._slices(per_user)
+        return Evaluation(metrics, intervals, ranks, recommendations, header, raw_users, self.candidates, slices)
+
+    def _slices(self, per_user: dict[str, np.ndarray]) -> dict[str, Slice]:
+        """Return the metrics of targets that are new items beside those of all others, where there are both."""
+        is_cold = np.isin(self.targets, self.split.cold_items)
+        slices = {}
+        for name, rows in (("cold", is_cold), ("warm", ~is_cold)):
+            part = {metric: values[rows] for metric, values in per_user.items()}
+            if is_cold.any() and rows.any():
+                means = {metric: float(values.mean()) for metric, values in part.items()}
+                slices[name] = Slice(int(rows.sum()), means, bootstrap_intervals(part, self.seed))
+        return slices
 
 
 def _join(shares: Sequence[_Share], top_k: int) -> _Share:

@@ -16,6 +16,14 @@ _HEADER_KEY = b"shardrec"
 _CANDIDATES = "candidate_items"  # the column of their ids; "candidates" is how many there are
 
 
+class Slice(NamedTuple):
+    """The same metrics over some of the targets."""
+
+    targets: int
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The outcome of one evaluation, the same on every process."""
@@ -27,11 +35,21 @@ class Evaluation:
     header: dict[str, Any]  # what makes the figures comparable: split hash, mask, ties, protocol, ...
     raw_users: tuple[str, ...] = field(repr=False)  # [U]
     candidates: np.ndarray | None = field(default=None, repr=False)  # [n, C] item ids; None for the whole catalogue
+    slices: dict[str, Slice] = field(default_factory=dict)  # "cold" and "warm", where the split has cold items
 
     def as_results(self) -> dict[str, Any]:
-        """The JSON form that results.json holds: every metric by its name, "intervals" and "header"."""
-        intervals = {name: list(interval) for name, interval in self.intervals.items()}
-        return {**self.metrics, "intervals": intervals, "header": self.header}
+        """The JSON form that results.json holds: every metric by its name, "intervals", "header" and any "slices"."""
+        results = {**self.metrics, "intervals": _as_lists(self.intervals), "header": self.header}
+        if self.slices:
+            results["slices"] = {
+                name: {"targets": part.targets, **part.metrics, "intervals": _as_lists(part.intervals)}
+                for name, part in self.slices.items()
+            }
+        return results
+
+
+def _as_lists(intervals: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
+    return {name: list(interval) for name, interval in intervals.items()}
 
 
 def over_draws(evaluations: Sequence[Evaluation]) -> dict[str, Any]:

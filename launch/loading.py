@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cold_items import with_cold_items
 from data.config import DataConfig
 from data.interactions import Catalog, Interactions
 from data.sources import read
@@ -62,7 +63,10 @@ def read_and_split(config: DataConfig) -> tuple[Interactions, Split]:
     """Read and split a data set; exit with the reason where that cannot be done."""
     try:
         interactions = read(config)
-        return interactions, split(interactions, config)
+        parts = split(interactions, config)
+        if config.cold_items:
+            parts = with_cold_items(parts, interactions.catalog, config.cold_items, config.cold_seed)
+        return interactions, parts
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

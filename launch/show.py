@@ -52,11 +52,17 @@ def show_results(folder: RunFolder) -> None:
 
 
 def figures(title: str, model: str, measured: dict[str, Any], popularity: dict[str, Any]) -> Table:
-    """Return a table of HR, NDCG and MRR beside popularity; both in the form of `Evaluation.as_results`."""
-    table = _table(title, "popularity", model, "95 % interval")
+    """Return a table of HR, NDCG and MRR beside popularity; both in the form of `Evaluation.as_results`.
+
+    Where the split has cold items, targets that are new and all others have a column each.
+    """
+    slices = measured.get("slices", {})
+    parts = [f"{name} ({part['targets']:,})" for name, part in slices.items()]
+    table = _table(title, "popularity", model, "95 % interval", *parts)
     for metric in _shown(measured["intervals"]):
         low, high = measured["intervals"][metric]
-        table.add_row(metric, f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}", f"{low:.4f} to {high:.4f}")
+        means = f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}"
+        table.add_row(metric, *means, f"{low:.4f} to {high:.4f}", *(f"{part[metric]:.4f}" for part in slices.values()))
     return table
 
 

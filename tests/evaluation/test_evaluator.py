@@ -224,3 +224,22 @@ def test_popularity_floors_of_ml_1m(data_root, protocol: Protocol, mask: Mask, h
     tolerance = 0.0003 if protocol == "full" else 2 * np.sqrt(0.44 * 0.56 / 6040)
     assert metrics[f"{prefix}HR@10"] == pytest.approx(hit_rate, abs=tolerance)
     assert metrics[f"{prefix}NDCG@10"] == pytest.approx(ndcg, abs=tolerance)
+
+
+def test_new_items_are_a_slice_of_their_own(sample: Split) -> None:
+    """A model that finds only what is not new: all of the hits are in the warm slice, and the two make the whole."""
+    targets = sample.target_items("test")
+    parts = dataclasses.replace(sample, cold_items=np.unique(targets)[:20])
+    is_cold = np.isin(targets, parts.cold_items)
+    scores = torch.zeros(len(targets), sample.num_items + 1)
+    scores[torch.arange(len(targets)), targets] = torch.from_numpy(np.where(is_cold, -1, 1)).float()
+    evaluator = Evaluator(parts, "test")
+    evaluation = evaluator.run(FixedScores(scores), batches(evaluator))
+    results = json.loads(json.dumps(evaluation.as_results()))
+    cold, warm = results["slices"]["cold"], results["slices"]["warm"]
+    assert (cold["targets"], warm["targets"]) == (is_cold.sum(), (~is_cold).sum())
+    assert (cold["HR@10"], warm["HR@10"]) == (0, 1)
+    assert results["HR@10"] == pytest.approx(warm["targets"] / len(targets))
+    assert warm["intervals"]["HR@10"] == [1, 1]
+    whole = Evaluator(sample, "test")
+    assert "slices" not in whole.run(FixedScores(scores), batches(whole)).as_results()
