@@ -41,7 +41,7 @@ def build_dense_retrieval(setting: Setting) -> Built:
         return TrainingCuts(split, texts, config.cuts, setting.seed, config.grad_cache_rows)
 
     return Built(
-        DenseRetrieval(config, texts, users, items),
+        DenseRetrieval(config, texts, users, items, split.cold_items),
         training,
         lambda split, phase: EvaluationHistories(split, phase, texts),
         tokenizer,

@@ -46,18 +46,17 @@ class DenseRetrievalConfig:
     """Similarities are divided by it."""
     learn_temperature: bool = False
     """Learn it from there on."""
-    loss: Literal["in-batch", "catalogue"] = "catalogue"
-    """The softmax runs over the targets of the batch, of all processes, or over the whole catalogue: there, what is not
-    a target in the batch stands in the index as it was last encoded, without gradient."""
+    loss: Literal["in-batch", "catalogue", "both"] = "both"
+    """in-batch: a softmax over the targets of the batch, of all processes, which moves users and items; catalogue: over
+    all items as the index has them, which moves users (and items as far as they share an encoder); both: the sum."""
     cuts: int = 1
     """Targets of each user in an epoch, each with the history before it."""
     refresh_epochs: float = 0.25
-    """Part of an epoch after which the index is encoded anew; 0: loss catalogue encodes every item in each step, with
-    gradient."""
+    """Part of an epoch after which the index is encoded anew; 0: each step encodes every item, and moves it."""
     hard_negatives: int = 0
-    """Loss in-batch: for each user, the items nearest in the index that the user did not take are negatives, too."""
+    """In-batch: for each user, so many items nearest in the index that the user did not take are negatives, too."""
     log_q: bool = False
-    """Loss in-batch: let each negative stand for the items that are drawn as seldom as it is."""
+    """In-batch: let each negative stand for the items that are drawn as seldom as it is."""
     mask_history: bool = True
     """What else a user took in training is no negative."""
     label_smoothing: float = 0.0
@@ -72,7 +71,12 @@ class DenseRetrievalConfig:
         if self.loss == "catalogue" and (self.hard_negatives or self.log_q):
             raise ValueError(
                 "--method.loss catalogue has every item among its negatives, each once: --method.hard_negatives and "
-                "--method.log_q belong to --method.loss in-batch"
+                "--method.log_q belong to --method.loss in-batch or both"
+            )
+        if self.loss == "catalogue" and self.two_encoders and self.refresh_epochs:
+            raise ValueError(
+                "--method.loss catalogue moves no item while the index stands still, so the items' own encoder would "
+                "learn nothing: pass --method.loss both, --method.refresh_epochs 0 or --method.two_encoders false"
             )
         if self.hard_negatives and not self.refresh_epochs:
             raise ValueError("--method.refresh_epochs 0 keeps no index, and --method.hard_negatives looks into it")
@@ -89,12 +93,19 @@ class DenseRetrieval(Recommender):
     """
 
     item_index: Tensor  # [N + 1, D]: vectors of the items' texts as they were last encoded
+    known: Tensor  # [N + 1] bool: items that training has
     index_age: Tensor  # [] int64: which refresh that was, NEVER or FOR_GOOD
     saved_buffers = ("item_index", "index_age")
 
     def __init__(
-        self, config: DenseRetrievalConfig, texts: RetrievalTexts, user_encoder: TextEncoder, item_encoder: TextEncoder
+        self,
+        config: DenseRetrievalConfig,
+        texts: RetrievalTexts,
+        user_encoder: TextEncoder,
+        item_encoder: TextEncoder,
+        cold_items: np.ndarray,
     ) -> None:
+        """`cold_items` are not there yet while the model is trained: they are no negatives."""
         super().__init__()
         self.config, self.texts = config, texts
         self.user_encoder, self.item_encoder = user_encoder, item_encoder
@@ -104,20 +115,29 @@ class DenseRetrieval(Recommender):
         if config.learn_ids:
             self.ids = nn.Embedding(texts.num_items + 1, item_encoder.width)
             nn.init.zeros_(self.ids.weight)
+        known = torch.ones(texts.num_items + 1, dtype=torch.bool)
+        known[[0, *cold_items]] = False
+        self.register_buffer("known", known, persistent=False)
         self.register_buffer("item_index", torch.zeros(texts.num_items + 1, item_encoder.width))
         self.register_buffer("index_age", torch.tensor(NEVER))
         # They are alike on all processes already: DDP need not send them in every step.
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, list(self.saved_buffers))
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, ["known", *self.saved_buffers]
+        )
         self._evaluated: Tensor | None = None
 
     # --- Training ---
 
     def loss(self, batch: RetrievalBatch) -> Loss:  # type: ignore[override]
-        users_BD = self.encode_users(batch)
         assert batch.targets is not None
-        users_TD = users_BD[: len(batch.targets)]
-        total = self.catalogue_loss(users_TD, batch) if self.config.loss == "catalogue" else None
-        return Loss(self.in_batch_loss(users_TD, batch) if total is None else total, batch.count)
+        users_TD = self.encode_users(batch)[: len(batch.targets)]
+        terms = {}
+        if self.config.loss != "catalogue":
+            terms["in-batch"] = self.in_batch_loss(users_TD, batch)
+        if self.config.loss != "in-batch":
+            terms["catalogue"] = self.catalogue_loss(users_TD, batch)
+        parts = {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
+        return Loss(torch.stack(list(terms.values())).sum(), batch.count, parts)
 
     def in_batch_loss(self, users_TD: Tensor, batch: RetrievalBatch) -> Tensor:
         """Summed InfoNCE against the targets of all processes, then all their hard negatives."""
@@ -145,27 +165,23 @@ class DenseRetrieval(Recommender):
         )
 
     def catalogue_loss(self, users_TD: Tensor, batch: RetrievalBatch) -> Tensor:
-        """Summed cross-entropy over the catalogue: vectors with gradient where there are some, else the index."""
+        """Summed cross-entropy over the catalogue.
+
+        Between two refreshes all items stand in the index alike. Were those of the batch brought up to date, it would
+        pay to move whatever is encoded towards all users, for the others are left behind.
+        """
         assert batch.targets is not None
-        assert batch.item_ids is not None
         if self.config.refresh_epochs:
             self.refresh(batch.progress)
-            live_nD, ids = self.encode(self.item_encoder, batch.items), batch.item_ids
-            if not len(batch.targets):  # of a muted batch
-                live_nD, ids = live_nD[:0], ids[:0]
+            table_ND = self.item_index
         else:
-            ids = self.own_share()
-            live_nD = self.encode_items(ids)
-        live_MD, ids_M = gather_rows(live_nD).rows, gather_rows(ids).rows
-        # An item that several processes have encoded is the mean of its copies: each gets its part of the gradient.
-        copies_N1 = torch.zeros_like(self.item_index[:, :1]).index_add(0, ids_M, torch.ones_like(live_MD[:, :1]))
-        live_ND = torch.zeros_like(self.item_index).index_add(0, ids_M, live_MD) / copies_N1.clamp(min=1)
-        table_ND = torch.where(copies_N1 > 0, live_ND, self.item_index)
-        items = torch.arange(len(table_ND), device=ids.device)
-        logits = self.logits(users_TD, self.item_vectors(table_ND, items))
-        masked_TN = self.seen(batch)
-        masked_TN[:, 0] = True
-        return info_nce(logits, batch.targets, masked_TN, label_smoothing=self.config.label_smoothing)
+            own = self.own_share()
+            table_ND = self.table_of(self.encode_items(own), own)
+        vectors_ND = self.item_vectors(table_ND, torch.arange(len(table_ND), device=table_ND.device))
+        masked_TN = self.seen(batch) | ~self.known
+        return info_nce(
+            self.logits(users_TD, vectors_ND), batch.targets, masked_TN, label_smoothing=self.config.label_smoothing
+        )
 
     def logits(self, users_TD: Tensor, items_ND: Tensor) -> Tensor:
         """Scaled similarities [T, N], in float32: under a temperature of .05 bfloat16 would be off by a tenth."""
@@ -190,8 +206,7 @@ class DenseRetrieval(Recommender):
         assert batch.targets is not None
         items = torch.arange(len(self.item_index), device=users_TD.device)
         scores_TN = self.logits(users_TD, self.item_vectors(self.item_index, items))
-        scores_TN[self.seen(batch)] = -torch.inf
-        scores_TN[:, 0] = -torch.inf
+        scores_TN[self.seen(batch) | ~self.known] = -torch.inf
         scores_TN.scatter_(1, batch.targets[:, None], -torch.inf)
         hard = scores_TN.topk(self.config.hard_negatives, dim=1).indices.flatten()
         return hard if len(hard) else items[1:2]
@@ -243,16 +258,19 @@ class DenseRetrieval(Recommender):
         was_training = self.training
         self.eval()
         own = self.own_share()
-        vectors, items = (gather_rows(rows).rows for rows in (self.encode_items(own, ITEMS_PER_PASS), own))
+        table_ND = self.table_of(self.encode_items(own, ITEMS_PER_PASS), own)
         self.train(was_training)
-        return torch.zeros_like(self.item_index).index_copy(0, items, vectors)
+        return table_ND
+
+    def table_of(self, vectors: Tensor, items: Tensor) -> Tensor:
+        """Return all items' vectors, [N + 1, D], from each process's share. Collective, backwards too."""
+        return torch.zeros_like(self.item_index).index_copy(0, gather_rows(items).rows, gather_rows(vectors).rows)
 
     def own_share(self) -> Tensor:
-        """Return this process's part of the items, those of similar length behind each other; never none."""
+        """Return this process's part of the items, those of similar length behind each other."""
         by_length = 1 + np.argsort(self.texts.items.lengths[1:], kind="stable")
         state = PartialState()
-        mine = by_length[state.process_index :: state.num_processes]
-        return torch.from_numpy(mine if len(mine) else by_length[:1]).to(self.item_index.device)
+        return torch.from_numpy(by_length[state.process_index :: state.num_processes]).to(self.item_index.device)
 
     # --- Evaluation ---
 
