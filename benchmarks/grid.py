@@ -48,6 +48,12 @@ CANDIDATES = "--evaluation.protocol candidates-20".split()
 LLARA = ["--model", "llara", *TINY, *CANDIDATES]
 MOE_LORA = "--model ilora --backbone.adapter moe-lora --backbone.lora_dropout 0".split()
 ILORA = [*MOE_LORA, *CANDIDATES, "--method.vectors=states"]
+# Negatives come from all micro-batches that are trained side by side, so there is one of them, as large as the step.
+DENSE = (
+    "--model dense-retrieval --method.texts.max_history 6 --method.cuts 2 --method.hard_negatives 2 --method.log_q true "
+    "--method.refresh_epochs 0.3 --train.micro_batch_size 16 --backbone.lora_dropout 0"
+).split()
+TWO_ENCODERS = "--method.two_encoders true --method.learn_temperature true --method.learn_ids true".split()
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],
     "sasrec bf16": [*SASREC, "--train.precision=bf16"],
@@ -61,6 +67,12 @@ ROWS = {
     "e4srec float32": [*E4SREC, *TINY, "--train.precision=fp32"],
     "e4srec bf16, checkpointing": [*E4SREC, *TINY, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
     "e4srec LoRA 4-bit": [*E4SREC, "--train.precision=bf16", "--backbone.quantization=4bit"],
+    "dense-retrieval float32": [*DENSE, *TINY, *TWO_ENCODERS, "--train.precision=fp32"],
+    "dense-retrieval float32, GradCache": [*DENSE, *TINY, "--method.grad_cache_rows=3", "--train.precision=fp32"],
+    "dense-retrieval LoRA 4-bit, checkpointing": [
+        *(*DENSE, "--train.precision=bf16", "--method.grad_cache_rows=3"),
+        *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
+    ],
     "llara float32": [*LLARA, "--train.precision=fp32"],
     "ilora MoE-LoRA float32": [*ILORA, "--train.precision=fp32"],
     "ilora MoE-LoRA 4-bit, checkpointing": [
@@ -124,7 +136,7 @@ def settings(row: str, inputs: Path) -> list[str]:
     flags = [f"--backbone.name={inputs / 'backbone'}"] if "LoRA" in row else []
     if row.startswith(("llara", "ilora")):
         flags.append(f"--method.sasrec={inputs / 'sasrec'}")
-    return [*ROWS[row], *flags, *COMMON]
+    return [*COMMON, *ROWS[row], *flags]
 
 
 def bound(row: str) -> float:

@@ -56,7 +56,8 @@ class TrainingCuts:
         self.draw = np.arange(len(self.user)) - np.repeat(np.cumsum(self.per_user) - self.per_user, self.per_user)
         whole = [len(texts.user(split.training_items(user)[:-1])) if n else 0 for user, n in enumerate(self.per_user)]
         self.lengths = np.array(whole, np.int64)[self.user]  # of the longest cut
-        self.log_q = np.log(self.target_probability())
+        with np.errstate(divide="ignore"):  # what is never a target is never looked up
+            self.log_q = np.log(self.target_probability())
 
     def target_probability(self) -> np.ndarray:
         """Return how likely an example has each item as its target, [N + 1]."""
@@ -64,8 +65,7 @@ class TrainingCuts:
         for user in np.flatnonzero(self.per_user):
             targets = self.split.training_items(int(user))[1:]
             np.add.at(weight, targets, self.per_user[user] / len(targets))
-        with np.errstate(divide="ignore"):
-            return weight / weight.sum()
+        return weight / weight.sum()
 
     def positions(self, user: int, epoch: int) -> np.ndarray:
         """Return where a user's sequence is cut in an epoch: the positions of the targets."""

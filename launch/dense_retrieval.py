@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from data.batches import Examples
+from data.interactions import Catalog
 from data.prompts import title_texts
 from data.retrieval_examples import EvaluationHistories, TrainingCuts
 from data.retrieval_texts import RetrievalTexts
@@ -28,7 +29,11 @@ def build_dense_retrieval(setting: Setting) -> Built:
     else:
         prefixes = [config.texts.user_prefix, config.texts.item_prefix]
         tokenizer = load_tokenizer(backbone, vocabulary_text(title_texts(catalog), split.item_counts(), prefixes))
-    texts = RetrievalTexts.build(tokenizer, catalog, config.texts, ends=config.pooling == "last")
+
+    def texts_of(catalog: Catalog) -> RetrievalTexts:
+        return RetrievalTexts.build(tokenizer, catalog, config.texts, ends=config.pooling == "last")
+
+    texts = texts_of(catalog)
 
     def encoder() -> TextEncoder:
         model = load_backbone(backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True, head=False)
@@ -40,12 +45,18 @@ def build_dense_retrieval(setting: Setting) -> Built:
     def training() -> Examples:
         return TrainingCuts(split, texts, config.cuts, setting.seed, config.grad_cache_rows)
 
+    model = DenseRetrieval(config, texts, users, items, split.cold_items)
+
+    def add_items(catalog: Catalog) -> None:
+        model.add_items(texts_of(catalog))
+
     return Built(
-        DenseRetrieval(config, texts, users, items, split.cold_items),
+        model,
         training,
-        lambda split, phase: EvaluationHistories(split, phase, texts),
+        lambda split, phase: EvaluationHistories(split, phase, model.texts),
         tokenizer,
         calibrate=keep_index,
+        add_items=add_items,
     )
 
 

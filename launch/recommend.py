@@ -1,6 +1,7 @@
 """Recommend from a finished run, for titles that are typed or for a user of its data set.
 
 python launch/recommend.py --run runs/NAME --history "Heat (1995)" "Fargo (1996)" -k 10
+python launch/recommend.py --run runs/NAME --user 42 --new_items titles.txt
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
@@ -20,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.interactions import Catalog
+from data.new_items import with_new_items
 from launch.loading import LoadedRun, histories_as_split, load_run, read_data_of
 from launch.setting import NeedsCandidates
 
@@ -30,11 +33,13 @@ YEAR, NUMBER, ARTICLE = re.compile(r"\s*\(\d{4}\)$"), re.compile(r"\d+|\b[ivx]+\
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
-    run = load_run(arguments.run)
+    run = trained = load_run(arguments.run)
+    if arguments.new_items is not None:
+        run = add_new_items(trained, arguments.new_items)
     if arguments.history:
         history = match_titles(arguments.history, run.catalog)
     else:
-        history = history_of_user(arguments.user, run)
+        history = history_of_user(arguments.user, trained)
     try:
         items, scores = recommend(run, history, arguments.k, arguments.include_seen)
     except NeedsCandidates as error:
@@ -58,12 +63,33 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     who.add_argument("--history", nargs="+", metavar="TITLE", help="titles, oldest first; small misspellings are fine")
     who.add_argument("--user", help="raw id of a user of the run's data set")
     parser.add_argument("-k", type=int, default=10, help="how many items, at least 1 (10)")
+    parser.add_argument(
+        "--new_items",
+        type=Path,
+        metavar="FILE",
+        help="items that the run has not met: a title a line, or a .csv file with a column title (item, categories)",
+    )
     parser.add_argument("--include_seen", action="store_true", help="let items of the history be recommended again")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     if arguments.k < 1:
         parser.error(f"-k {arguments.k}: expected at least 1")
     return arguments
+
+
+def add_new_items(run: LoadedRun, file: Path) -> LoadedRun:
+    """Return the run with more items in its catalogue; exit where its model knows items by their ids."""
+    if run.built.add_items is None:
+        sys.exit(
+            f"error: --run {run.folder.path} is {run.config.model}, which learns an item from its interactions: "
+            "--new_items needs a run of dense-retrieval"
+        )
+    try:
+        catalog = with_new_items(run.catalog, file)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: --new_items: {error}")
+    run.built.add_items(catalog)
+    return replace(run, catalog=catalog)
 
 
 def match_titles(typed: list[str], catalog: Catalog) -> np.ndarray:

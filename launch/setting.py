@@ -51,6 +51,8 @@ class Built:
     # Evaluation examples whose prompts offer these candidates, [n, C] with the target first.
     offering: Callable[[Split, Phase, np.ndarray], Examples] | None = None
     titles: Sequence[str] | None = None  # [N + 1] as such a prompt shows them
+    # Lets a finished model rank the items that a longer catalogue adds; None where texts are not enough.
+    add_items: Callable[[Catalog], None] | None = None
 
     def evaluation_among(self, split: Split, phase: Phase, candidates: np.ndarray | None) -> Examples:
         """Return the examples that rank a phase's targets, among an evaluator's candidates or in the whole catalogue.

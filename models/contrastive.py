@@ -25,9 +25,7 @@ def info_nce(
     """
     logits_BN = logits_BN.to(torch.promote_types(logits_BN.dtype, torch.float32))
     is_label_BN = torch.zeros_like(logits_BN, dtype=torch.bool).scatter_(1, label_B[:, None], True)
-    kept_BN = is_label_BN if masked_BN is None else is_label_BN | ~masked_BN
-    if masked_BN is None:
-        kept_BN = torch.ones_like(is_label_BN)
+    kept_BN = torch.ones_like(is_label_BN) if masked_BN is None else is_label_BN | ~masked_BN
     if log_q_N is not None:
         logits_BN = corrected_for_sampling(logits_BN, is_label_BN, kept_BN, log_q_N)
     log_p_BN = logits_BN.masked_fill(~kept_BN, -torch.inf).log_softmax(1)
@@ -48,7 +46,8 @@ def corrected_for_sampling(logits_BN: Tensor, is_label_BN: Tensor, kept_BN: Tens
     """
     drawn_BN = kept_BN & ~is_label_BN & log_q_N.isfinite()
     log_q_label_B1 = log_q_N.masked_fill(~log_q_N.isfinite(), 0).expand_as(logits_BN)[is_label_BN][:, None]
-    log_stands_for_BN = torch.log1p(-log_q_label_B1.exp()) - drawn_BN.sum(1, keepdim=True).log() - log_q_N
+    drawn_B1 = drawn_BN.sum(1, keepdim=True).to(logits_BN.dtype)
+    log_stands_for_BN = torch.log1p(-log_q_label_B1.exp()) - drawn_B1.log() - log_q_N
     return logits_BN + log_stands_for_BN.where(drawn_BN, 0)
 
 

@@ -193,8 +193,7 @@ class DenseRetrieval(Recommender):
         """Return [T, N + 1] bool: what each user took in training, where that is no negative."""
         assert batch.targets is not None
         assert batch.seen is not None
-        table = torch.zeros(len(self.item_index) * len(batch.targets), dtype=torch.bool, device=batch.targets.device)
-        table = table.view(len(batch.targets), -1)
+        table = torch.zeros(len(batch.targets), len(self.known), dtype=torch.bool, device=batch.targets.device)
         if self.config.mask_history and len(batch.targets):
             table[batch.seen[0], batch.seen[1]] = True
         return table
@@ -301,3 +300,14 @@ class DenseRetrieval(Recommender):
         """Encode the catalogue with the final weights, to be saved with them. Collective; asks nothing of the batch."""
         self.item_index.copy_(self.encode_catalogue())
         self.index_age.fill_(FOR_GOOD)
+
+    @torch.no_grad()
+    def add_items(self, texts: RetrievalTexts) -> None:
+        """Let a finished model rank what a longer catalogue adds, known by its texts alone; nothing is trained."""
+        new = torch.arange(len(self.item_index), texts.num_items + 1, device=self.item_index.device)
+        self.texts = texts
+        self.item_index = torch.cat([self.item_index, self.encode_items(new, ITEMS_PER_PASS)])
+        if self.ids is not None:
+            own = F.pad(self.ids.weight, (0, 0, 0, len(new)))  # none of its own
+            self.ids = nn.Embedding.from_pretrained(own)
+        self._evaluated = None
