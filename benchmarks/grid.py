@@ -50,8 +50,8 @@ MOE_LORA = "--model ilora --backbone.adapter moe-lora --backbone.lora_dropout 0"
 ILORA = [*MOE_LORA, *CANDIDATES, "--method.vectors=states"]
 # Negatives come from all micro-batches that are trained side by side, so there is one of them, as large as the step.
 DENSE = (
-    "--model dense-retrieval --method.texts.max_history 6 --method.cuts 2 --method.hard_negatives 2 --method.log_q true "
-    "--method.refresh_epochs 0.3 --train.micro_batch_size 16 --backbone.lora_dropout 0"
+    "--model dense-retrieval --method.texts.max_history 6 --method.cuts 2 --method.hard_negatives 2 "
+    "--method.log_q true --method.refresh_epochs 0.3 --train.micro_batch_size 16 --backbone.lora_dropout 0"
 ).split()
 TWO_ENCODERS = "--method.two_encoders true --method.learn_temperature true --method.learn_ids true".split()
 ROWS = {

@@ -167,7 +167,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 def validations(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "valid/HR@10" in line]
+    return [line for line in lines if any(name.startswith("valid/") for name in line)]
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def test_log_q_estimates_the_sum_over_the_catalogue() -> None:
     """The expectation over all draws of two negatives that are not the label, exactly."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(5, generator=generator).double()
-    q = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).double()
+    q = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
     label, others = 1, [0, 2, 3, 4]
     expected = torch.zeros(()).double()
     for first in others:
