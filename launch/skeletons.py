@@ -5,17 +5,22 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.batches import PromptBatch, SequenceBatch
 from data.item_prompts import ItemPromptBatch
+from data.retrieval_examples import RetrievalBatch
+from data.retrieval_texts import RetrievalTexts
+from data.texts import TextBatch
 from data.title_tokens import TokenTable
 from models import losses
-from models.backbone import Backbone, causal_model
+from models.backbone import Backbone, BackboneConfig, causal_model
 from models.base import Loss, Recommender
 from models.bigrec import BIGRec, BIGRecConfig, ItemHead
 from models.decoder import decoder_of
+from models.dense_retrieval import DenseRetrieval, DenseRetrievalConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
@@ -23,10 +28,12 @@ from models.moe_lora import find_gate
 from models.sasrec import SASRec, SASRecConfig
 from models.sequence_recommender import SequenceConfig
 from models.skeleton import backbone_skeleton
+from models.text_encoder import TextEncoder
 
 from .config import RunConfig
 from .sequences import sequence_recommender
 
+TITLE_TOKENS = 16  # of an item's text
 SASREC_WIDTH = SASRecConfig().hidden_size  # of item vectors that are read from a run
 
 
@@ -45,6 +52,8 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
     if isinstance(config.method, SequenceConfig):
         return _sequences(config.method, num_items)
     assert config.backbone is not None
+    if isinstance(config.method, DenseRetrievalConfig):
+        return _dense_retrieval(config.method, config.backbone, num_items)
     if isinstance(config.method, E4SRecConfig):
         return _e4srec(config.method, backbone_skeleton(config.backbone, head=False), num_items)
     backbone = backbone_skeleton(config.backbone)
@@ -100,6 +109,57 @@ def _e4srec(config: E4SRecConfig, backbone: Backbone, num_items: int) -> Skeleto
         return ItemPromptBatch(ids, None, slots, torch.ones_like(slots), labelled, targets, count=len(labelled))
 
     return Skeleton(model, batch, num_items, "the instruction before the items, and titles beside them")
+
+
+def _dense_retrieval(config: DenseRetrievalConfig, backbone: BackboneConfig, num_items: int) -> Skeleton:
+    encoders = [TextEncoder(backbone_skeleton(backbone, head=False), config.pooling) for _ in range(2)]
+    with torch.device("meta"):
+        model = DenseRetrievalSkeleton(config, num_items, encoders[0], encoders[config.two_encoders]).train()
+    rows_at_once = config.grad_cache_rows
+
+    def batch(rows: int, length: int) -> RetrievalBatch:
+        pieces = [min(rows_at_once or rows, rows - start) for start in range(0, rows, rows_at_once or rows)]
+        items, nothing = torch.arange(rows), torch.zeros(rows)
+        seen = torch.zeros(2, rows * length // TITLE_TOKENS, dtype=torch.int64)
+        return RetrievalBatch(
+            tuple(fake_texts(piece, length) for piece in pieces),
+            tuple(fake_texts(piece, TITLE_TOKENS) for piece in pieces),
+            *(items, items, items, nothing, seen),
+            count=rows,
+        )
+
+    return Skeleton(model, batch, num_items, "the index as it is encoded, a few titles at a time")
+
+
+class DenseRetrievalSkeleton(DenseRetrieval):
+    """Its training pass with titles of a usual length; the index stays as it is."""
+
+    def __init__(
+        self, config: DenseRetrievalConfig, num_items: int, user_encoder: TextEncoder, item_encoder: TextEncoder
+    ) -> None:
+        nothing, titles = np.empty(0, np.int64), TokenTable.of([[]] * (num_items + 1))
+        texts = RetrievalTexts(nothing, nothing, nothing, nothing, titles, titles, config.texts)
+        super().__init__(config, texts, user_encoder, item_encoder, nothing)
+
+    def refresh(self, progress: float) -> None:
+        pass
+
+    def own_share(self) -> Tensor:
+        return torch.arange(1, len(self.item_index))
+
+    def hard_negatives(self, users_TD: Tensor, batch: RetrievalBatch) -> Tensor:
+        return torch.ones(len(users_TD) * self.config.hard_negatives, dtype=torch.int64)
+
+    def encode_items(self, items: Tensor, rows: int | None = None) -> Tensor:
+        at_once = rows or self.config.grad_cache_rows or len(items)
+        pieces = [min(at_once, len(items) - start) for start in range(0, len(items), at_once)]
+        return self.encode(self.item_encoder, tuple(fake_texts(piece, TITLE_TOKENS) for piece in pieces))
+
+
+def fake_texts(rows: int, length: int) -> TextBatch:
+    """Return [rows, length] tokens without padding."""
+    ids = torch.ones(rows, length, dtype=torch.int64)
+    return TextBatch(ids, ids.clone(), ids.clone())
 
 
 def _llara(config: LLaRAConfig, backbone: Backbone, num_items: int) -> Skeleton:
