@@ -112,9 +112,8 @@ def _e4srec(config: E4SRecConfig, backbone: Backbone, num_items: int) -> Skeleto
 
 
 def _dense_retrieval(config: DenseRetrievalConfig, backbone: BackboneConfig, num_items: int) -> Skeleton:
-    encoders = [TextEncoder(backbone_skeleton(backbone, head=False), config.pooling) for _ in range(2)]
-    with torch.device("meta"):
-        model = DenseRetrievalSkeleton(config, num_items, encoders[0], encoders[config.two_encoders]).train()
+    readers = [backbone_skeleton(backbone, head=False) for _ in range(1 + config.two_encoders)]
+    model = dense_retrieval_skeleton(config, readers, num_items).train()
     rows_at_once = config.grad_cache_rows
 
     def batch(rows: int, length: int) -> RetrievalBatch:
@@ -129,6 +128,15 @@ def _dense_retrieval(config: DenseRetrievalConfig, backbone: BackboneConfig, num
         )
 
     return Skeleton(model, batch, num_items, "the index as it is encoded, a few titles at a time")
+
+
+def dense_retrieval_skeleton(
+    config: DenseRetrievalConfig, readers: list[Backbone], num_items: int, device: str = "meta"
+) -> DenseRetrieval:
+    """Dense retrieval around one backbone or two, for titles of a usual length."""
+    encoders = [TextEncoder(reader, config.pooling) for reader in readers]
+    with torch.device(device):
+        return DenseRetrievalSkeleton(config, num_items, encoders[0], encoders[-1])
 
 
 class DenseRetrievalSkeleton(DenseRetrieval):
@@ -157,9 +165,11 @@ class DenseRetrievalSkeleton(DenseRetrieval):
 
 
 def fake_texts(rows: int, length: int) -> TextBatch:
-    """Return [rows, length] tokens without padding."""
+    """Return [rows, length] tokens, one of them padding: without any, attention would do without a mask."""
     ids = torch.ones(rows, length, dtype=torch.int64)
-    return TextBatch(ids, ids.clone(), ids.clone())
+    mask = ids.clone()
+    mask[0, -1] = 0
+    return TextBatch(ids, mask, mask.clone())
 
 
 def _llara(config: LLaRAConfig, backbone: Backbone, num_items: int) -> Skeleton:

@@ -109,7 +109,7 @@ class DenseRetrieval(Recommender):
         super().__init__()
         self.config, self.texts = config, texts
         self.user_encoder, self.item_encoder = user_encoder, item_encoder
-        log_scale = -torch.tensor(config.temperature).log()
+        log_scale = -torch.tensor([config.temperature]).log()  # [1], since ZeRO cannot send a number without a shape
         self.log_scale = nn.Parameter(log_scale) if config.learn_temperature else None
         self.ids = None
         if config.learn_ids:

@@ -15,9 +15,10 @@ from launch.fitting import Planner, flags_that_would_fit
 from launch.memory import RESERVED, STRATEGIES, GiB, forecast
 from launch.rehearsal import Rehearsal, rehearse
 from launch.sequences import sequence_recommender
-from launch.skeletons import BIGRecSkeleton, NextToken, llara_skeleton, make_skeleton
+from launch.skeletons import BIGRecSkeleton, NextToken, dense_retrieval_skeleton, llara_skeleton, make_skeleton
 from models.backbone import describe, load_backbone
 from models.base import Recommender
+from models.dense_retrieval import DenseRetrievalConfig
 from models.llara import LLaRAConfig
 from models.skeleton import backbone_skeleton, packed_side_bytes
 from models.tiny import llama_config
@@ -48,6 +49,12 @@ def real_model(config: RunConfig) -> Recommender:
     """The model with weights, without what BIGRec needs for scoring only."""
     if config.backbone is None:
         return sequence_recommender(config.method, ITEMS).train()
+    if isinstance(config.method, DenseRetrievalConfig):
+        readers = [
+            load_backbone(config.backbone, None, seed=0, device="cpu", trainable=True, head=False)
+            for _ in range(1 + config.method.two_encoders)
+        ]
+        return dense_retrieval_skeleton(config.method, readers, ITEMS, device="cpu").train()
     if config.backbone.name == "tiny":
         shape = llama_config(config.backbone.tiny, config.backbone.tiny.vocab_size)
         backbone = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
@@ -105,6 +112,9 @@ MEASURED = [
     "--model bigrec --train.precision bf16 --backbone.name {llama} --backbone.quantization 4bit",
     f"--model bigrec --train.precision bf16 --backbone.name {{llama}} --backbone.quantization 4bit {CHECKPOINTED}",
     "--model bigrec --train.precision bf16 --backbone.name {qwen} --backbone.lora_rank 32",
+    "--model dense-retrieval --train.precision fp32 --backbone.name {qwen} --backbone.adapter none",
+    "--model dense-retrieval --train.precision bf16 --backbone.name {llama} --method.two_encoders true "
+    "--method.hard_negatives 3 --method.learn_ids true",
     "--model llara --train.precision bf16",
     "--model llara --train.precision fp32 --method.vectors states --method.train_sasrec true",
     "--model llara --train.precision bf16 --method.prompts.mode text --backbone.name {llama}",
