@@ -71,6 +71,7 @@ ROWS = {
     "dense-retrieval float32, GradCache": [*DENSE, *TINY, "--method.grad_cache_rows=3", "--train.precision=fp32"],
     "dense-retrieval LoRA 4-bit, checkpointing": [
         *(*DENSE, "--train.precision=bf16", "--method.grad_cache_rows=8"),
+        *("--method.loss=in-batch", "--method.hard_negatives=0"),
         *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
     ],
     "llara float32": [*LLARA, "--train.precision=fp32"],
