@@ -12,7 +12,8 @@ from data.prompts import title_texts
 from data.retrieval_examples import EvaluationHistories, TrainingCuts
 from data.retrieval_texts import RetrievalTexts
 from models.backbone import load_backbone, load_tokenizer
-from models.dense_retrieval import DenseRetrieval, DenseRetrievalConfig
+from models.dense_retrieval import DenseRetrieval
+from models.dense_retrieval_config import DenseRetrievalConfig
 from models.pretrained import load_saved_tokenizer
 from models.text_encoder import TextEncoder
 from models.tiny import vocabulary_text

@@ -16,7 +16,7 @@ from data.title_tokens import TitleTokens
 from data.tokenized import Prompts
 from models.backbone import is_causal, load_backbone, load_tokenizer
 from models.bigrec import BIGRec, BIGRecConfig
-from models.dense_retrieval import DenseRetrievalConfig
+from models.dense_retrieval_config import DenseRetrievalConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.ensemble import EnsembleConfig
 from models.gru4rec import GRU4RecConfig

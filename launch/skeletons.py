@@ -20,7 +20,8 @@ from models.backbone import Backbone, BackboneConfig, causal_model
 from models.base import Loss, Recommender
 from models.bigrec import BIGRec, BIGRecConfig, ItemHead
 from models.decoder import decoder_of
-from models.dense_retrieval import DenseRetrieval, DenseRetrievalConfig
+from models.dense_retrieval import DenseRetrieval
+from models.dense_retrieval_config import DenseRetrievalConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig

@@ -5,85 +5,23 @@ arXiv 2112.09118) moved from passages to items. A catalogue is small, so instead
 be the whole of it among the negatives, encoded anew every so often.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data.retrieval_examples import RetrievalBatch
-from data.retrieval_texts import RetrievalTexts, RetrievalTextSettings
+from data.retrieval_texts import RetrievalTexts
 from data.texts import TextBatch
 
 from .base import Loss, Recommender
 from .contrastive import gather_rows, info_nce
-from .decoder import largest_anywhere
-from .pooling import Pooling
+from .dense_retrieval_config import DenseRetrievalConfig
 from .text_encoder import TextEncoder
 
 NEVER, FOR_GOOD = -1, -2  # beside a number of refreshes: no index was made yet; it is the one of the final weights
 ITEMS_PER_PASS = 256  # titles are short
-
-
-@dataclass
-class DenseRetrievalConfig:
-    """Texts, encoders, and what a user's next item is told from."""
-
-    texts: RetrievalTextSettings = field(default_factory=RetrievalTextSettings)
-    """How users and items read."""
-    two_encoders: bool = False
-    """Give users and items an encoder each, from the same weights on; false: one for both."""
-    pooling: Pooling = "mean"
-    """What of a text's states is its vector: their mean, their mean with later tokens weighing more (for causal
-    decoders), the last token's, or the first one's."""
-    normalize: bool = True
-    """Compare by cosine; false: by dot product."""
-    temperature: float = 0.05
-    """Similarities are divided by it."""
-    learn_temperature: bool = False
-    """Learn it from there on."""
-    loss: Literal["in-batch", "catalogue", "both"] = "both"
-    """in-batch: a softmax over the targets of the batch, of all processes, which moves users and items; catalogue: over
-    all items as the index has them, which moves users (and items as far as they share an encoder); both: the sum."""
-    cuts: int = 1
-    """Targets of each user in an epoch, each with the history before it."""
-    refresh_epochs: float = 0.25
-    """Part of an epoch after which the index is encoded anew; 0: each step encodes every item, and moves it."""
-    hard_negatives: int = 0
-    """In-batch: for each user, so many items nearest in the index that the user did not take are negatives, too."""
-    log_q: bool = False
-    """In-batch: let each negative stand for the items that are drawn as seldom as it is."""
-    mask_history: bool = True
-    """What else a user took in training is no negative."""
-    label_smoothing: float = 0.0
-    """Part of the target that all candidates share."""
-    learn_ids: bool = False
-    """Add to the vector of each item's text one of its own, learned from zero on."""
-    grad_cache_rows: int | None = None
-    """Texts of a forward and backward pass: their activations are computed twice, so that a batch of any size takes the
-    memory of so many (GradCache). By default all at once."""
-
-    def __post_init__(self) -> None:
-        if self.loss == "catalogue" and (self.hard_negatives or self.log_q):
-            raise ValueError(
-                "--method.loss catalogue has every item among its negatives, each once: --method.hard_negatives and "
-                "--method.log_q belong to --method.loss in-batch or both"
-            )
-        if self.loss == "catalogue" and self.two_encoders and self.refresh_epochs:
-            raise ValueError(
-                "--method.loss catalogue moves no item while the index stands still, so the items' own encoder would "
-                "learn nothing: pass --method.loss both, --method.refresh_epochs 0 or --method.two_encoders false"
-            )
-        if self.hard_negatives and not self.refresh_epochs:
-            raise ValueError("--method.refresh_epochs 0 keeps no index, and --method.hard_negatives looks into it")
-        for name in ("temperature", "cuts", "grad_cache_rows"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--method.{name} {value}: expected more than 0")
 
 
 class DenseRetrieval(Recommender):
@@ -155,7 +93,7 @@ class DenseRetrieval(Recommender):
             hard_ND, hard_items = gather_rows(vectors[:kept]).rows, gather_rows(hard_ids[:kept]).rows
             positives_ND, items_N = torch.cat([positives_ND, hard_ND]), torch.cat([items_N, hard_items])
             log_q_N = F.pad(log_q_N, (0, len(hard_items)), value=torch.inf)  # these were not drawn
-        masked_TN = (items_N == batch.targets[:, None]) | self.seen(batch)[:, items_N]
+        masked_TN = (items_N == batch.targets[:, None]) | self.masked(batch)[:, items_N]
         return info_nce(
             self.logits(users_TD, positives_ND),
             label_T,
@@ -178,10 +116,8 @@ class DenseRetrieval(Recommender):
             own = self.own_share()
             table_ND = self.table_of(self.encode_items(own), own)
         vectors_ND = self.item_vectors(table_ND, torch.arange(len(table_ND), device=table_ND.device))
-        masked_TN = self.seen(batch) | ~self.known
-        return info_nce(
-            self.logits(users_TD, vectors_ND), batch.targets, masked_TN, label_smoothing=self.config.label_smoothing
-        )
+        logits_TN, masked_TN = self.logits(users_TD, vectors_ND), self.masked(batch)
+        return info_nce(logits_TN, batch.targets, masked_TN, label_smoothing=self.config.label_smoothing)
 
     def logits(self, users_TD: Tensor, items_ND: Tensor) -> Tensor:
         """Scaled similarities [T, N], in float32: under a temperature of .05 bfloat16 would be off by a tenth."""
@@ -189,12 +125,16 @@ class DenseRetrieval(Recommender):
             scale = 1 / self.config.temperature if self.log_scale is None else self.log_scale.exp()
             return users_TD @ items_ND.T * scale
 
-    def seen(self, batch: RetrievalBatch) -> Tensor:
-        """Return [T, N + 1] bool: what each user took in training, where that is no negative."""
+    def masked(self, batch: RetrievalBatch) -> Tensor:
+        """Return [T, N + 1] bool: what is no negative of a user, the padding among it."""
+        return (self.taken(batch) | ~self.known) if self.config.mask_history else (~self.known).expand(batch.count, -1)
+
+    def taken(self, batch: RetrievalBatch) -> Tensor:
+        """Return [T, N + 1] bool: what each user took in training."""
         assert batch.targets is not None
         assert batch.seen is not None
         table = torch.zeros(len(batch.targets), len(self.known), dtype=torch.bool, device=batch.targets.device)
-        if self.config.mask_history and len(batch.targets):
+        if len(batch.targets):
             table[batch.seen[0], batch.seen[1]] = True
         return table
 
@@ -205,7 +145,7 @@ class DenseRetrieval(Recommender):
         assert batch.targets is not None
         items = torch.arange(len(self.item_index), device=users_TD.device)
         scores_TN = self.logits(users_TD, self.item_vectors(self.item_index, items))
-        scores_TN[self.seen(batch) | ~self.known] = -torch.inf
+        scores_TN[self.taken(batch) | ~self.known] = -torch.inf
         scores_TN.scatter_(1, batch.targets[:, None], -torch.inf)
         hard = scores_TN.topk(self.config.hard_negatives, dim=1).indices.flatten()
         return hard if len(hard) else items[1:2]
@@ -219,6 +159,9 @@ class DenseRetrieval(Recommender):
 
     # --- Vectors ---
 
+    def encode(self, encoder: TextEncoder, pieces: tuple[TextBatch, ...]) -> Tensor:
+        return encoder.encode(pieces, again=self.config.grad_cache_rows is not None)
+
     def encode_users(self, batch: RetrievalBatch) -> Tensor:
         """Return users as vectors, [B, D]."""
         vectors = self.encode(self.user_encoder, batch.users)
@@ -229,22 +172,6 @@ class DenseRetrieval(Recommender):
         if self.ids is not None:
             texts_nD = texts_nD + self.ids(items_n)
         return F.normalize(texts_nD, dim=1) if self.config.normalize else texts_nD
-
-    def encode(self, encoder: TextEncoder, batches: tuple[TextBatch, ...]) -> Tensor:
-        """Return the vectors of the texts in all batches, [n, D].
-
-        With `grad_cache_rows` only vectors are kept, and the backward pass encodes each batch again, with the same
-        dropout: the gradients of the vectors are then known, which is GradCache (Gao et al., arXiv 2101.06983) in one
-        backward pass, as DDP and ZeRO want it.
-        """
-        texts = sum(map(len, batches))
-        missing = largest_anywhere(encoder, len(batches)) - len(batches)
-        batches += batches[:1] * missing  # they have no part in the loss, but in forward and backward passes
-        if self.config.grad_cache_rows is None or not torch.is_grad_enabled():
-            return torch.cat([encoder(batch) for batch in batches])[:texts]
-        # To the end, since ZeRO-3 gives weights back where a module ends.
-        parts = [checkpoint(encoder, batch, use_reentrant=False, early_stop=False) for batch in batches]
-        return torch.cat(parts)[:texts]
 
     def encode_items(self, items: Tensor, rows: int | None = None) -> Tensor:
         """Return the vectors of the texts of some items, [n, D]."""

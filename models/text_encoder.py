@@ -1,10 +1,13 @@
 """A language model as a text encoder: one vector a text."""
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.texts import TextBatch
 
 from .backbone import Backbone, causal_model
+from .decoder import largest_anywhere
 from .pooling import Pooling, pool
 
 
@@ -27,3 +30,20 @@ class TextEncoder(nn.Module):
         # The first token of all is a class token, whatever instruction follows it.
         mask = texts.attention_mask if self.pooling == "cls" else texts.pool_mask
         return pool(states.last_hidden_state, mask, self.pooling)
+
+    def encode(self, pieces: tuple[TextBatch, ...], *, again: bool = False) -> Tensor:
+        """Return the vectors of the texts of all pieces, [n, H]; processes that share weights make as many passes.
+
+        With `again` only vectors are kept, and the backward pass encodes each piece again, with the same dropout: the
+        gradients of all vectors are known then, which is GradCache (Gao et al., arXiv 2101.06983) in one backward
+        pass, as DDP and ZeRO want it.
+        """
+        texts = sum(map(len, pieces))
+        missing = largest_anywhere(self, len(pieces)) - len(pieces)
+        pieces += pieces[:1] * missing  # these have no part in the loss, but in both passes
+        if again and torch.is_grad_enabled():
+            # To the end, since ZeRO-3 gives weights back where a module ends.
+            vectors = [checkpoint(self, piece, use_reentrant=False, early_stop=False) for piece in pieces]
+        else:
+            vectors = [self(piece) for piece in pieces]
+        return torch.cat(vectors)[:texts]

@@ -18,7 +18,7 @@ from launch.sequences import sequence_recommender
 from launch.skeletons import BIGRecSkeleton, NextToken, dense_retrieval_skeleton, llara_skeleton, make_skeleton
 from models.backbone import describe, load_backbone
 from models.base import Recommender
-from models.dense_retrieval import DenseRetrievalConfig
+from models.dense_retrieval_config import DenseRetrievalConfig
 from models.llara import LLaRAConfig
 from models.skeleton import backbone_skeleton, packed_side_bytes
 from models.tiny import llama_config

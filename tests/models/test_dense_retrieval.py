@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import models.dense_retrieval
+import models.text_encoder
 from data.cold_items import with_cold_items
 from data.config import DataConfig
 from data.retrieval_examples import EvaluationHistories, RetrievalBatch, TrainingCuts
@@ -20,7 +20,8 @@ from data.splits import split
 from data.texts import TextBatch
 from models.backbone import BackboneConfig, load_backbone, load_tokenizer
 from models.contrastive import corrected_for_sampling
-from models.dense_retrieval import DenseRetrieval, DenseRetrievalConfig
+from models.dense_retrieval import DenseRetrieval
+from models.dense_retrieval_config import DenseRetrievalConfig
 from models.pooling import pool
 from models.pretrained import load_saved_tokenizer
 from models.text_encoder import TextEncoder
@@ -227,6 +228,15 @@ def test_the_same_item_twice_is_no_negative_of_itself(sample) -> None:
     assert torch.allclose(first.double().detach(), naive_in_batch(naive), rtol=1e-5)
 
 
+def test_hard_negatives_are_never_what_the_user_took(sample) -> None:
+    case = Case(sample, loss="in-batch", hard_negatives=40, mask_history=False)
+    model = case.model.train()
+    hard = model.hard_negatives(model.encode_users(case.batch), case.batch).view(len(ROWS), -1)
+    for row, found in enumerate(hard):
+        free = case.split.num_items - len(case.seen(row))
+        assert not case.seen(row) & set(found[:free].tolist())
+
+
 def test_hard_negatives_are_the_nearest_that_the_user_did_not_take(sample) -> None:
     case = Case(sample, loss="in-batch", hard_negatives=2)
     model = case.model.train()
@@ -348,7 +358,7 @@ def test_grad_cache_repeats_its_dropout(sample, monkeypatch) -> None:
     found = case.gradients()
     passes = []
     direct = lambda encoder, batch, **_: passes.append(len(batch)) or encoder(batch)  # noqa: E731
-    monkeypatch.setattr(models.dense_retrieval, "checkpoint", direct)
+    monkeypatch.setattr(models.text_encoder, "checkpoint", direct)
     expected = case.gradients()
     assert passes
     for name, gradient in expected.items():
