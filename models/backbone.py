@@ -47,8 +47,8 @@ class BackboneConfig:
     lora_targets: list[str] | None = None
     """Names of the linear layers that get LoRA, such as `[q_proj, v_proj]`; all but the head by default."""
     causal: bool | None = None
-    """Whether a token sees only what stands before it; by default as the backbone was trained. Methods that write text
-    need true."""
+    """Whether a token sees only what stands before it; by default as the backbone was trained (its config.json says).
+    false makes any decoder bidirectional, as LLM2Vec does; methods that write text refuse that."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -111,19 +111,18 @@ def load_backbone(
     device: torch.device | str,
     trainable: bool,
     head: bool = True,
+    masked: bool = False,
 ) -> Backbone:
     """The language model on `device`; frozen and without adapter unless it is to be trained.
 
-    Without `head` it ends with the states after its last layer, and may be an encoder.
+    Without `head` it ends with the states after its last layer, and may be an encoder. With `masked` its head fills in
+    masked tokens; any other head writes, for which it must be causal.
 
     `seed` decides tiny's weights and the adapter's, alike on every process. Raises ValueError, naming the
-    flag, for a folder or hub id that cannot be loaded.
+    flag, for a folder or hub id that cannot be loaded, and where who sees whom is not as it must be.
     """
-    if head and config.causal is False:
-        raise ValueError(
-            "--backbone.causal false lets a token see what follows it, and this method writes text: take the flag away"
-        )
     model = _load_base(config, tokenizer, seed, torch.device(device), trainable, head)
+    _require_direction(model, config, writes=head and not masked)
     if not trainable:
         return model.requires_grad_(False).eval()
     return with_lora(model, config, seed) if config.uses_lora else model.train()
@@ -218,6 +217,20 @@ def _load_base(
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _require_direction(model: PreTrainedModel, config: BackboneConfig, *, writes: bool) -> None:
+    """Raise ValueError where a model that sees both ways is to write, or where an architecture ignores the flag."""
+    if writes and getattr(model.config, "is_causal", None) is False:
+        raise ValueError(
+            f"--backbone.causal false, or the config.json of --backbone.name {config.name}, lets a token see what "
+            "follows it, and this method writes text: pass --backbone.causal true"
+        )
+    if config.causal is not None and is_causal(model) != config.causal:
+        raise ValueError(
+            f"--backbone.causal {str(config.causal).lower()} has no effect on {model.config.model_type}, whose "
+            "attention transformers does not turn round: take the flag away, or pass another --backbone.name"
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .backbone import TINY, Backbone, BackboneConfig, with_lora
-from .pretrained import cannot_load, freeze_quantised, path_of, quantization
+from .pretrained import cannot_load, freeze_quantised, path_of, quantization, set_causal
 from .tiny import llama_config
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share a scale, and scales that share one (double quantisation)
@@ -26,6 +26,7 @@ def backbone_skeleton(config: BackboneConfig, head: bool = True) -> Backbone:
     Raises ValueError, naming the flag, where there is no config.json of a causal language model.
     """
     shape = _shape_of(config)
+    set_causal(shape, config.causal)
     with torch.device("meta"):
         model = cast(
             PreTrainedModel,
