@@ -10,6 +10,7 @@ import yaml
 
 from data.config import DataConfig
 from evaluation.config import EvaluationConfig
+from evaluation.held_out import LOSS
 from evaluation.metrics import per_user_metrics
 from models.backbone import BackboneConfig
 from trainers.config import TrainConfig
@@ -65,6 +66,8 @@ def build_parser(model: str) -> SettingsParser:
         parser.add_settings(BackboneConfig, "backbone")
     parser.add_settings(TrainConfig, "train")
     parser.add_settings(EvaluationConfig, "evaluation")
+    if not method.ranks:
+        parser.set_defaults({"train.metric": LOSS})
     return parser
 
 
@@ -92,7 +95,7 @@ def parse_with(own: type[Own], argv: list[str]) -> tuple[RunConfig, Own]:
         _require_known(path, settings, parser)
     # Files first: flags win wherever they stand.
     values = parser.read([*(f"--recipe={path}" for path in files), *flags])
-    _require_measured(values.train.metric, values.evaluation.cutoffs)
+    _require_measured(model, values.train.metric, values.evaluation.cutoffs)
     _require_gate(model, values.get("backbone"))
     config = RunConfig(
         model=model,
@@ -193,8 +196,12 @@ def _require_gate(model: str, backbone: BackboneConfig | None) -> None:
         )
 
 
-def _require_measured(metric: str, cutoffs: tuple[int, ...]) -> None:
+def _require_measured(model: str, metric: str, cutoffs: tuple[int, ...]) -> None:
     """Exit unless evaluations give the metric that selects the best checkpoint: the first of them comes late."""
+    if not METHODS[model].ranks:
+        if metric != LOSS:
+            sys.exit(f"error: --train.metric {metric}: {model} ranks nothing, and is selected by its {LOSS}")
+        return
     if not cutoffs or min(cutoffs) < 1:
         sys.exit(f"error: --evaluation.cutoffs {[*cutoffs]}: expected at least one, each at least 1")
     measured = per_user_metrics(np.zeros(1, int), np.zeros(1, int), cutoffs)

@@ -21,7 +21,7 @@ from evaluation.results import Evaluation, over_draws, write_ranks
 from launch import show
 from launch.loading import load_run, read_data_of
 from launch.parser import SettingsParser
-from launch.setting import NeedsCandidates
+from launch.setting import CannotRank
 from launch.written import mean_over_draws, score_written
 from trainers.runtime import Runtime, leave
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         for seed, evaluator in zip(seeds, evaluators, strict=True):
             try:
                 examples = run.built.evaluation_among(parts, config.phase, evaluator.candidates)
-            except NeedsCandidates as error:
+            except CannotRank as error:
                 sys.exit(f"error: --run {config.run}: {error}")
             batches = EvaluationLoader(examples, batch_size, runtime.share, runtime.device)
             measured.append(evaluator.run(model, runtime.watchdog.each(batches)))

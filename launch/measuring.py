@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from data.batches import Examples
 from data.interactions import Catalog
-from data.loaders import EvaluationLoader
+from data.loaders import EvaluationLoader, TrainingLoader
 from data.splits import Phase, Split
 from evaluation.evaluator import Evaluator, evaluate_popularity
+from evaluation.held_out import held_out_loss
 from evaluation.protocols import Protocol
 from evaluation.results import Evaluation, write_ranks
 from models.backbone import describe
@@ -37,13 +39,13 @@ class Clock:
     started: float
     first_batch: float = 0.0
 
-    def timing(self, progress: Progress, test: Evaluation) -> dict[str, float]:
+    def timing(self, progress: Progress, evaluation_seconds: float) -> dict[str, float]:
         """Return seconds: until the first batch, training over all starts, this start in all, one evaluation."""
         return {
             "start_seconds": round(self.first_batch - self.started, 2),
             "train_seconds": round(progress.seconds, 2),
             "total_seconds": round(time.perf_counter() - self.started, 2),
-            "evaluation_seconds": test.header["seconds"],
+            "evaluation_seconds": round(evaluation_seconds, 3),
         }
 
 
@@ -79,30 +81,59 @@ def finish(
     if built.calibrate is not None:
         batches = evaluation_batches(config, built, parts, "valid", runtime)
         built.calibrate(trained.model, batches, parts.target_items("valid"))
-    valid, test = (
-        evaluate(config, built, trained.model, parts, phase, runtime, config.evaluation.protocol) for phase in PHASES
-    )
-    popularity = evaluate_popularity(parts, "test", **evaluator_options(config, config.evaluation.protocol))
+    figures: dict[str, Any]
+    evaluations: list[Evaluation] = []
+    began = time.perf_counter()
+    if built.held_out is not None:
+        figures = {"valid": measure_held_out(config, built.held_out(), trained.model, runtime)}
+        seconds = time.perf_counter() - began
+    else:
+        figures, evaluations = measure_ranking(config, built, trained.model, parts, catalog, runtime)
+        seconds = evaluations[-1].header["seconds"]
     weights, size = weights_of(model), describe(model)
     if not runtime.is_main:
         return
     folder.save_model(config, weights, catalog, built.tokenizer)
-    for evaluation in (valid, test):
+    for evaluation in evaluations:
         write_ranks(evaluation, folder.ranks(evaluation.header["phase"]))
     results = {
         "model": config.model,
         "dataset": parts.name,
         "split": {"kind": parts.kind, "hash": parts.hash, "users": parts.num_users, "items": parts.num_items},
+        **figures,
+        "parameters": {"total": size["parameters"], "trainable": size["trainable_parameters"]},
+        "training": {"steps": trained.progress.step, "best_step": trained.progress.best_step},
+        "timing": clock.timing(trained.progress, seconds),
+    }
+    folder.write_results(results)
+
+
+def measure_ranking(
+    config: RunConfig, built: Built, model: nn.Module, parts: Split, catalog: Catalog, runtime: Runtime
+) -> tuple[dict[str, Any], list[Evaluation]]:
+    """Rank the targets of both phases; return what results.json says of them, and the evaluations, test last."""
+    protocol = config.evaluation.protocol
+    valid, test = (evaluate(config, built, model, parts, phase, runtime, protocol) for phase in PHASES)
+    popularity = evaluate_popularity(parts, "test", **evaluator_options(config, protocol))
+    figures = {
         "header": test.header,
         "valid": valid.as_results(),
         "test": test.as_results(),
         "popularity": popularity.as_results(),
         "examples": example_recommendations(test, parts, catalog),
-        "parameters": {"total": size["parameters"], "trainable": size["trainable_parameters"]},
-        "training": {"steps": trained.progress.step, "best_step": trained.progress.best_step},
-        "timing": clock.timing(trained.progress, test),
     }
-    folder.write_results(results)
+    return figures, [valid, test]
+
+
+def measure_held_out(config: RunConfig, examples: Examples, model: nn.Module, runtime: Runtime) -> dict[str, float]:
+    """Return a stage's loss and its parts on the examples that it holds out."""
+    # All of them as one step of training: every process makes as many passes, and no example counts twice.
+    size = config.train.eval_batch_size
+    loader = TrainingLoader(examples, len(examples.lengths), size, runtime.share, config.train.seed)
+    (step,) = loader.epoch(0)
+    runtime.watchdog.arrive("the loss on what is held out")
+    batches = (batch.to(runtime.device) for batch in runtime.watchdog.each(step.batches))
+    return held_out_loss(model, batches, config.train.seed)
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from rich.table import Table
 from data.interactions import Catalog
 from data.new_items import with_new_items
 from launch.loading import LoadedRun, histories_as_split, load_run, read_data_of
-from launch.setting import NeedsCandidates
+from launch.setting import CannotRank
 
 # How like a title (0 to 100) a typed one must be to be taken for it, or to be told of it; a part counts for less.
 SURE_MATCH, POSSIBLE_MATCH, PART_OF_WHOLE = 85, 60, 0.8
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         history = history_of_user(arguments.user, trained)
     try:
         items, scores = recommend(run, history, arguments.k, arguments.include_seen)
-    except NeedsCandidates as error:
+    except CannotRank as error:
         sys.exit(f"error: --run {arguments.run}: {error}")
     if arguments.json:
         rows = [

@@ -32,8 +32,8 @@ class Setting:
     saved: Path | None = None  # model folder of a finished run, when the model is built to be loaded
 
 
-class NeedsCandidates(ValueError):
-    """A model was asked to rank the whole catalogue, and can only rank candidates."""
+class CannotRank(ValueError):
+    """A model was asked to rank the whole catalogue, and only ranks candidates, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Built:
 
     model: Recommender
     training: Callable[[], Examples]
-    # Evaluation examples of a method that ranks the whole catalogue; None where it only ranks what a prompt offers.
+    # Evaluation examples of a method that ranks the whole catalogue; None where it only ranks what a prompt offers, or
+    # nothing.
     evaluation: Callable[[Split, Phase], Examples] | None
     tokenizer: PreTrainedTokenizerBase | None = None  # saved with the model
     # Chooses what is fitted on validation after training, from the prepared model, this process's batches and every
@@ -53,20 +54,27 @@ class Built:
     titles: Sequence[str] | None = None  # [N + 1] as such a prompt shows them
     # Lets a finished model rank the items that a longer catalogue adds; None where texts are not enough.
     add_items: Callable[[Catalog], None] | None = None
+    # Of a stage that ranks nothing: labelled examples that are kept from training, whose loss selects its weights.
+    held_out: Callable[[], Examples] | None = None
 
     def evaluation_among(self, split: Split, phase: Phase, candidates: np.ndarray | None) -> Examples:
         """Return the examples that rank a phase's targets, among an evaluator's candidates or in the whole catalogue.
 
-        Raises NeedsCandidates where the model cannot rank the whole.
+        Raises CannotRank where the model cannot rank the whole.
         """
         if self.offering is not None and candidates is not None:
             return self.offering(split, phase, candidates)
         return self.require_full_ranking()(split, phase)
 
     def require_full_ranking(self) -> Callable[[Split, Phase], Examples]:
-        """Return `evaluation`; raise NeedsCandidates where there is none."""
+        """Return `evaluation`; raise CannotRank where there is none."""
+        if self.held_out is not None:
+            raise CannotRank(
+                "it is a stage, which prepares a backbone and ranks nothing: write that out with launch/export.py "
+                "--run RUN --to FOLDER, and train a method with --backbone.name FOLDER"
+            )
         if self.evaluation is None:
-            raise NeedsCandidates(
+            raise CannotRank(
                 "this model only ranks the candidates that its prompts offer: pass --evaluation.protocol candidates-20 "
                 "(launch/evaluate.py: --protocol candidates-20)"
             )
@@ -81,4 +89,5 @@ class Method:
     build: Callable[[Setting], Built]
     has_backbone: bool = False
     makes_gate: bool = False  # from the user's state, for --backbone.adapter moe-lora
+    ranks: bool = True  # else it is a stage, whose validation metric is its loss
     prompts: Callable[[Setting], Prompts] | None = None  # made without loading the model

@@ -39,8 +39,14 @@ def show_results(folder: RunFolder) -> None:
     """Print a finished run's test figures beside popularity, then its example recommendations."""
     results = folder.results()
     console = Console(highlight=False)
-    title = f"{results['dataset']}, test, {_protocol(results)}"
-    console.print(figures(title, results["model"], results["test"], results["popularity"]))
+    if "test" in results:
+        title = f"{results['dataset']}, test, {_protocol(results)}"
+        console.print(figures(title, results["model"], results["test"], results["popularity"]))
+    else:  # a stage, which ranks nothing
+        table = _table(f"{results['dataset']}, held-out examples", results["model"])
+        for metric, value in results["valid"].items():
+            table.add_row(metric, f"{value:.4f}")
+        console.print(table)
     for example in results.get("examples", []):
         history = "; ".join(example["history"])
         console.print(f"\nuser {example['user']}, last: {history}", markup=False, soft_wrap=True)

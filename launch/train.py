@@ -22,7 +22,7 @@ from data.splits import Split
 from evaluation.protocols import NotEnoughItems, draw_candidates, metric_prefix
 from launch.config import RunConfig, dump, parse
 from launch.loading import load_model, read_and_split
-from launch.measuring import Clock, Trained, evaluate, finish, selection_protocol
+from launch.measuring import Clock, Trained, evaluate, finish, measure_held_out, selection_protocol
 from launch.methods import METHODS, Built, Setting
 from launch.out_of_memory import explain, is_out_of_memory
 from launch.run_folder import RunFolder
@@ -88,7 +88,7 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
     set_seed(config.train.seed)
     try:
         built = build(config, interactions, parts, runtime)
-        if config.evaluation.protocol == "full":
+        if config.evaluation.protocol == "full" and built.held_out is None:
             built.require_full_ranking()
         if runtime.is_main:
             folder.begin(config, runtime)
@@ -193,10 +193,13 @@ def make_trainer(
         *(loader.steps_per_epoch, runtime.precision, runtime.strategy),
     )
 
-    protocol = selection_protocol(config, built)
-    train = replace(train, metric=metric_prefix(protocol) + train.metric)
+    if built.held_out is None:
+        protocol = selection_protocol(config, built)
+        train = replace(train, metric=metric_prefix(protocol) + train.metric)
 
     def validate() -> dict[str, float]:
+        if built.held_out is not None:
+            return measure_held_out(config, built.held_out(), prepared, runtime)
         return evaluate(config, built, prepared, parts, "valid", runtime, protocol).metrics
 
     own = checkpoint is not None and checkpoint.resolve() == checkpoints.at(progress.step).resolve()

@@ -57,7 +57,7 @@ class TrainConfig:
     eval_every_steps: int | None = None
     """Evaluate every so many steps instead of by epochs."""
     metric: str = "NDCG@10"
-    """Validation metric that selects the best checkpoint and drives patience."""
+    """Validation metric that selects the best checkpoint and drives patience; of a stage that ranks nothing: loss."""
     patience: int | None = None
     """Stop after this many evaluations without a better metric; None trains to the end."""
     save_every_steps: int | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.batches import to_device
 from data.loaders import Step, TrainingLoader
+from evaluation.held_out import LOSS
 
 from .checkpoint import Checkpoints
 from .config import TrainConfig
@@ -172,7 +173,7 @@ class Trainer:
             metrics = self.validate()
         if self.config.metric not in metrics:
             raise ValueError(f"--train.metric {self.config.metric} is none of {', '.join(metrics)}")
-        self.progress.record(metrics[self.config.metric])
+        self.progress.record(metrics[self.config.metric], lower_is_better=self.config.metric == LOSS)
         named = {f"valid/{name}": value for name, value in metrics.items()}
         self.tracking.log({"step": self.progress.step, "epoch": self.progress.epoch, **named})
         self._save()

@@ -18,10 +18,11 @@ class Progress:
     evaluations_since_best: int = 0
     log_window: dict[str, float] = field(default_factory=dict)  # sums since the last log line, see trainers/loop.py
 
-    def record(self, metric: float) -> None:
+    def record(self, metric: float, *, lower_is_better: bool = False) -> None:
         """Note a validation result."""
         self.validated_step = self.step
-        if self.best_metric is None or metric > self.best_metric:
+        best = self.best_metric
+        if best is None or (metric < best if lower_is_better else metric > best):
             self.best_metric, self.best_step, self.evaluations_since_best = metric, self.step, 0
         else:
             self.evaluations_since_best += 1

@@ -80,7 +80,8 @@ class Tracking:
 
     def _show(self, values: dict[str, float | int]) -> None:
         if "loss" not in values:
-            note = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k.startswith("valid/") and "@10" in k)
+            shown = {k: v for k, v in values.items() if k.startswith("valid/") and ("@10" in k or "@" not in k)}
+            note = "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
             text = f"epoch {values['epoch']}  step {values['step']}  {note}"
             if self.plain:
                 logger.info(text)
