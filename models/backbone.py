@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .moe_lora import add_moe_lora, find_gate
-from .pretrained import freeze_quantised, load_pretrained, load_saved_tokenizer, set_causal
+from .pretrained import freeze_quantised, load_pretrained, load_saved_tokenizer, set_causal, set_dropout
 from .tiny import TinyConfig, build_tiny, train_tiny_tokenizer
 
 # peft and bitsandbytes take seconds to import, so functions import them: `tiny`, models without a backbone and --help
@@ -49,6 +49,9 @@ class BackboneConfig:
     causal: bool | None = None
     """Whether a token sees only what stands before it; by default as the backbone was trained (its config.json says).
     false makes any decoder bidirectional, as LLM2Vec does; methods that write text refuse that."""
+    dropout: float | None = None
+    """Dropout inside the backbone while it is trained, in its attention and wherever else its architecture has it; by
+    default as its config.json says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -60,6 +63,8 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         quantized = f"--backbone.quantization {self.quantization}"
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--backbone.dropout is {self.dropout}, but must be at least 0 and below 1")
         if self.name == TINY and self.adapter in ("lora", "moe-lora"):
             raise ValueError(
                 f"--backbone.adapter {self.adapter} does not go with --backbone.name tiny: tiny starts from random "
@@ -210,6 +215,8 @@ def _load_base(
         trained_in_full = trainable and not config.uses_lora
         dtype = "float32" if config.dtype == "auto" and trained_in_full else config.dtype
         model = load_pretrained(config, dtype, head)
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
     if config.quantization == "none":
         model.to(device=device)  # type: ignore[call-arg]
     else:  # bitsandbytes has placed its weights on the current device already

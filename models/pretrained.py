@@ -77,6 +77,26 @@ def set_causal(shape: PreTrainedConfig, causal: bool | None) -> None:
             shape.is_decoder = causal
 
 
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Give every dropout inside a model this probability; its config.json keeps the checkpoint's own.
+
+    Raises ValueError where the architecture has none.
+    """
+    numbers = [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    if not numbers and not layers:
+        raise ValueError(f"--backbone.dropout {probability}: {model.config.model_type} has no dropout to set")
+    for module, name in numbers:
+        setattr(module, name, probability)
+    for layer in layers:
+        layer.p = probability
+
+
 def _keep_differentiable(model: PreTrainedModel) -> None:
     from bitsandbytes.nn import Linear4bit
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .backbone import TINY, Backbone, BackboneConfig, with_lora
-from .pretrained import cannot_load, freeze_quantised, path_of, quantization, set_causal
+from .pretrained import cannot_load, freeze_quantised, path_of, quantization, set_causal, set_dropout
 from .tiny import llama_config
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights that share a scale, and scales that share one (double quantisation)
@@ -34,6 +34,8 @@ def backbone_skeleton(config: BackboneConfig, head: bool = True) -> Backbone:
                 shape, dtype=_dtype(config, shape), attn_implementation=config.attention, trust_remote_code=False
             ),
         )
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
     if (method := quantization(config)) is not None:
         from transformers.quantizers import AutoHfQuantizer
 
