@@ -23,15 +23,18 @@ from models.gru4rec import GRU4RecConfig
 from models.ilora_items import ILoRAItems, ILoRAItemsConfig
 from models.llara import ILoRAConfig, LLaRAConfig
 from models.lrurec import LRURecConfig
+from models.mntp import MNTPConfig
 from models.moe_lora import find_gate
 from models.pretrained import load_saved_tokenizer
 from models.sasrec import SASRecConfig
+from models.simcse import SimCSEConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
 from .dense_retrieval import build_dense_retrieval
 from .item_tables import item_tables
 from .llara import build_llara, inner_sasrec
+from .llm2vec import build_mntp, build_simcse
 from .members import build_ensemble
 from .sequences import build_sequence_recommender
 from .setting import Built, Method, Setting
@@ -143,5 +146,7 @@ METHODS = {
     "ilora-items": Method(ILoRAItemsConfig, build_item_reader, has_backbone=True, makes_gate=True),
     "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
     "lrurec": Method(LRURecConfig, build_sequence_recommender),
+    "mntp": Method(MNTPConfig, build_mntp, has_backbone=True, ranks=False),
     "sasrec": Method(SASRecConfig, build_sequence_recommender),
+    "simcse": Method(SimCSEConfig, build_simcse, has_backbone=True, ranks=False),
 }

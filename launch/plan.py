@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 def longest(config: RunConfig) -> int:
     """Return the longest row that a method's settings allow: tokens of a prompt, or events of a history."""
-    prompts = getattr(config.method, "prompts", None)
+    prompts = getattr(config.method, "prompts", getattr(config.method, "texts", None))
     if isinstance(prompts, ItemPromptSettings):
         return prompts.max_history
     return prompts.max_length if prompts is not None else config.method.window

@@ -1,5 +1,6 @@
 """Models without weights, one function a method: what launch/plan.py needs to know beside launch/methods.py."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from data.batches import PromptBatch, SequenceBatch
 from data.item_prompts import ItemPromptBatch
 from data.retrieval_examples import RetrievalBatch
 from data.retrieval_texts import RetrievalTexts
+from data.stage_examples import MaskedBatch, WholeTextBatch
 from data.texts import TextBatch
 from data.title_tokens import TokenTable
 from models import losses
@@ -25,13 +27,16 @@ from models.dense_retrieval_config import DenseRetrievalConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
+from models.mntp import MNTP, MNTPConfig
 from models.moe_lora import find_gate
 from models.sasrec import SASRec, SASRecConfig
 from models.sequence_recommender import SequenceConfig
+from models.simcse import SimCSE, SimCSEConfig
 from models.skeleton import backbone_skeleton
 from models.text_encoder import TextEncoder
 
 from .config import RunConfig
+from .llm2vec import both_ways, with_dropout
 from .sequences import sequence_recommender
 
 TITLE_TOKENS = 16  # of an item's text
@@ -57,6 +62,10 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
         return _dense_retrieval(config.method, config.backbone, num_items)
     if isinstance(config.method, E4SRecConfig):
         return _e4srec(config.method, backbone_skeleton(config.backbone, head=False), num_items)
+    if isinstance(config.method, MNTPConfig):
+        return _mntp(config.method, backbone_skeleton(both_ways(config.backbone)))
+    if isinstance(config.method, SimCSEConfig):
+        return _simcse(config.method, backbone_skeleton(with_dropout(config.backbone), head=False))
     backbone = backbone_skeleton(config.backbone)
     if isinstance(config.method, BIGRecConfig):
         return _bigrec(config.method, backbone, num_items)
@@ -184,6 +193,24 @@ def _llara(config: LLaRAConfig, backbone: Backbone, num_items: int) -> Skeleton:
         return replace(prompts(rows, length), item_slots=slots, slot_items=torch.ones_like(slots), history=history)
 
     return Skeleton(model, batch, vocabulary(backbone))
+
+
+def _mntp(config: MNTPConfig, backbone: Backbone) -> Skeleton:
+    def batch(rows: int, length: int) -> MaskedBatch:
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        masked = torch.zeros(math.ceil(config.masking.rate * rows * length), dtype=torch.int64)
+        return MaskedBatch(ids, torch.ones_like(ids), masked, masked.clone(), count=len(masked))
+
+    return Skeleton(MNTP(backbone).train(), batch, vocabulary(backbone))
+
+
+def _simcse(config: SimCSEConfig, backbone: Backbone) -> Skeleton:
+    def batch(rows: int, length: int) -> WholeTextBatch:
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        return WholeTextBatch(TextBatch(ids, torch.ones_like(ids), torch.ones_like(ids)), count=rows)
+
+    width = causal_model(backbone).config.get_text_config().hidden_size
+    return Skeleton(SimCSE(config, TextEncoder(backbone, config.pooling)).train(), batch, width)
 
 
 def llara_skeleton(config: LLaRAConfig, backbone: Backbone, num_items: int, device: str = "meta") -> LLaRA:

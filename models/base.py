@@ -43,3 +43,11 @@ class Recommender(nn.Module):
     @abstractmethod
     def scores(self, batch: Batch) -> Tensor:
         """Return [B, N + 1] float32 scores of every catalogue item, column 0 (padding) at -inf."""
+
+
+class Stage(Recommender):
+    """A model that prepares a backbone for a later run: it has a loss, and ranks nothing (see `Built.held_out`)."""
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Raise TypeError: whoever ranks has been refused before."""
+        raise TypeError(f"{type(self).__name__} is a stage, which ranks nothing")

@@ -68,6 +68,15 @@ def full_cross_entropy(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, ch
     return _in_chunks(hidden_TH, table_NH, loss_of_logits, chunk_rows)
 
 
+@torch.no_grad()
+def count_first(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+    """In how many rows the target has the highest of all logits h E^T, [T, N] of them never existing at once."""
+    found = torch.zeros((), device=hidden_TH.device)
+    for hidden, target in zip(hidden_TH.split(chunk_rows), target_T.split(chunk_rows), strict=True):
+        found += ((hidden @ table_NH.T).argmax(1) == target).sum()
+    return found
+
+
 def kl_divergence(
     hidden_TH: Tensor,
     table_NH: Tensor,
