@@ -28,7 +28,7 @@ class MaskingSettings:
     """In place of a masked token: bert, the mask token (80 %), a random one (10 %) or itself (10 %); mask, always the
     mask token (LLM2Vec's recipe for Mistral, with a rate of 0.8)."""
     token: str | None = None
-    """The mask token; by default the tokenizer's own, or "_", as published for decoders."""
+    """The mask token; by default the tokenizer's own, else "_", as published for decoders, else its unknown token."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
@@ -92,11 +92,12 @@ class MaskedTexts:
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int:
     """Return the id of the mask token; raises ValueError where the tokenizer does not know it as one token."""
-    token = token or tokenizer.mask_token or PUBLISHED_MASK
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
-        raise ValueError(f"--method.masking.token {token}: the backbone's tokenizer has none; name one of its tokens")
-    return found
+    vocabulary = tokenizer.get_vocab()
+    candidates = (tokenizer.mask_token, PUBLISHED_MASK, tokenizer.unk_token) if token is None else (token,)
+    for candidate in candidates:
+        if candidate in vocabulary:
+            return vocabulary[candidate]
+    raise ValueError(f"--method.masking.token {token}: the backbone's tokenizer has none; name one of its tokens")
 
 
 @dataclass(frozen=True)

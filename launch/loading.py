@@ -1,7 +1,7 @@
 """A finished run, loaded back from its folder without its training data."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,17 @@ class LoadedRun:
     built: Built
 
 
-def load_run(path: Path) -> LoadedRun:
-    """Load the model of a run; exit with the reason when there is none."""
+def load_run(path: Path, *, full_precision: bool = False) -> LoadedRun:
+    """Load the model of a run; exit with the reason when there is none.
+
+    `full_precision` loads the backbone's frozen weights in float32, however the run stored them.
+    """
     folder = RunFolder(path)
     if not (folder.model / "model.safetensors").is_file():
         sys.exit(f"error: --run {path} {_why_not(folder)}. Trained runs: {', '.join(_trained_runs(path)) or 'none'}")
     config = parse(["--config", str(folder.model / "config.json")])
+    if full_precision and config.backbone is not None:
+        config.backbone = replace(config.backbone, quantization="none", dtype="float32")
     catalog = read_catalog(folder.model / "catalog.json")
     setting = Setting(
         split=histories_as_split([np.array([1])], catalog),

@@ -19,7 +19,7 @@ class MNTPConfig:
     """Texts, and what of them is masked."""
 
     texts: CorpusSettings = field(default_factory=CorpusSettings)
-    """What is learned from, as `--model dense` will read it."""
+    """What is learned from, as `--model dense-retrieval` will read it."""
     masking: MaskingSettings = field(default_factory=MaskingSettings)
     """Which tokens are predicted."""
 

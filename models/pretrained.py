@@ -151,6 +151,11 @@ def path_of(name: str) -> str:
             f"--backbone.name {name}: there is no such folder. Pass a folder in Hugging Face format, a hub "
             "id such as Qwen/Qwen2.5-0.5B-Instruct, or tiny"
         )
+    if (Path(name) / "model" / "model.safetensors").is_file():
+        raise ValueError(
+            f"--backbone.name {name} is a run folder: write its backbone out with python launch/export.py --run {name} "
+            "--to FOLDER, and pass that folder"
+        )
     return name
 
 

@@ -25,7 +25,7 @@ class SimCSEConfig:
     """Texts, and how their vectors are compared."""
 
     texts: CorpusSettings = field(default_factory=CorpusSettings)
-    """What is learned from, as `--model dense` will read it."""
+    """What is learned from, as `--model dense-retrieval` will read it."""
     pooling: Pooling = "mean"
     """One vector a text: the mean of its tokens' states, the mean with weights that grow, the last or the first one."""
     temperature: float = 0.05
