@@ -3,6 +3,7 @@
 python launch/export.py --run runs/NAME --to FOLDER
 """
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class ExportConfig:
     run: Path
     """Run folder."""
     to: Path
-    """Folder to write, which is not there yet or empty."""
+    """Folder to write; it is not there yet, or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. float32 keeps what was trained; the others round it, and take half the space."""
 
@@ -42,9 +43,12 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         sys.exit(f"error: --run {config.run}: {error}")
     assert run.built.tokenizer is not None
+    unfinished = config.to.with_name(f".{config.to.name}.unfinished")  # whoever finds the folder finds the whole
     try:
-        backbone.to(dtype=getattr(torch, config.dtype)).save_pretrained(config.to)  # type: ignore[call-arg]
-        run.built.tokenizer.save_pretrained(config.to)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        backbone.to(dtype=getattr(torch, config.dtype)).save_pretrained(unfinished)  # type: ignore[call-arg]
+        run.built.tokenizer.save_pretrained(unfinished)
+        unfinished.replace(config.to)
     except OSError as error:
         sys.exit(f"error: --to {config.to} cannot be written: {error.strerror}")
     print(f"{type(backbone).__name__} with its tokenizer: --backbone.name {config.to}")
