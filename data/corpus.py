@@ -41,12 +41,12 @@ class Corpus:
 
     @classmethod
     def of_catalog(cls, split: Split, texts: RetrievalTexts) -> Self:
-        """Every item of the catalogue, and every user's training events in windows of `max_history`.
+        """Every item of the catalogue but cold ones, and every user's training events in windows of `max_history`.
 
         Nothing that validation or test asks for is in a history.
         """
         window = texts.settings.max_history
-        items = (texts.item(item) for item in range(1, texts.num_items + 1))
+        items = (texts.item(item) for item in range(1, texts.num_items + 1) if item not in split.cold_items)
         sequences = (split.training_items(user) for user in range(split.num_users))
         cuts = (np.split(events, range(len(events) % window or window, len(events), window)) for events in sequences)
         users = (texts.user(events) for windows in cuts for events in windows if len(events))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from data.cold_items import with_cold_items
 from data.config import DataConfig
 from data.corpus import Corpus, CorpusSettings
 from data.retrieval_texts import RetrievalTexts
@@ -55,6 +56,17 @@ def test_the_corpus_is_every_title_and_every_training_event_in_windows_from_the_
     assert set(decoded[parts.num_items :]) == windows
     assert len(decoded) == parts.num_items + len(windows), "equal texts come once"
     assert [*corpus.before[: parts.num_items]] == [len(tokenizer("item:")["input_ids"])] * parts.num_items
+
+
+def test_cold_items_are_not_there_yet(interactions, corpus, tokenizer):
+    cold = with_cold_items(split(interactions, DATA), interactions.catalog, 0.2, seed=0)
+    texts = RetrievalTexts.build(tokenizer, interactions.catalog, SETTINGS)
+    without = Corpus.of_catalog(cold, texts).texts
+    whole, decoded = ([tokenizer.decode(table[i]) for i in range(len(table))] for table in (corpus.texts, without))
+    for item in cold.cold_items:
+        title = interactions.catalog.titles[item]
+        assert any(title in text for text in whole)
+        assert not any(title in text for text in decoded)
 
 
 def test_equal_texts_come_once_and_long_lines_become_several(tokenizer, tmp_path):
