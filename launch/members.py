@@ -2,26 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from data.batches import Examples
-from data.loaders import EvaluationLoader, Share
 from data.member_examples import KnownScores, MemberBatch, MemberExamples
 from data.splits import Phase, Split
 from evaluation.run_folders import Run
 from models.ensemble import Ensemble, EnsembleConfig
-from trainers.runtime import best_precision
 
-from .earlier_runs import require_run
+from .earlier_runs import Asking, require_run
 from .setting import Built, Setting
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FEATURE_ROWS = 1024  # of which features are computed at once
 
 
@@ -60,17 +55,12 @@ def ask_once(model: Ensemble, runs: Sequence[Run], examples: MemberExamples) -> 
 
     Call it before the model is prepared: under ZeRO-3 no weight is cut yet.
     """
-    state = PartialState()
-    settings: list[dict[str, Any]] = [yaml.safe_load(run.config)["train"] for run in runs]
-    precisions = {best_precision(state.device) if s["precision"] == "auto" else s["precision"] for s in settings}
-    dtype = AUTOCAST.get(precisions.pop() if len(precisions) == 1 else "fp32")
-    batch_size = min(s["eval_batch_size"] for s in settings)
-    share = Share(state.process_index, state.num_processes)
-    model.to(state.device).eval()
+    asking = Asking.like(runs)
+    model.to(PartialState().device).eval()
     told = []
-    for batch in EvaluationLoader(examples, batch_size, share, state.device):
+    for batch in asking.batches(examples):
         assert isinstance(batch, MemberBatch)
-        with torch.autocast(state.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with asking.autocast():
             scores, gate_state = model.ask_members(batch)
         assert batch.row is not None
         told.append((batch.row.cpu(), scores.cpu(), None if gate_state is None else gate_state.cpu()))

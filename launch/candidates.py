@@ -1,0 +1,155 @@
+"""The candidates of an earlier run: asked for once by all processes together, then kept in the cache."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock
+from torch import Tensor
+
+from data.batches import SequenceBatch
+from data.candidate_store import CandidateStore, StoredPhase, TrainingWindows, as_test, rows_of, store_name
+from data.splits import Phase, Split
+from evaluation.protocols import Mask, seen_pairs
+from evaluation.ranks import PADDING_ITEM, top_items
+from models.base import Recommender
+from models.sasrec import SASRec
+
+from .earlier_runs import Asking, require_run
+from .setting import Built, Setting
+
+logger = logging.getLogger("shardrec")
+
+MASK: Mask = "full-history"
+WAIT_SECONDS = 3600  # for another job that asks for the same candidates
+SCORES_AT_ONCE = 2**25  # numbers of catalogue scores alive at once where one pass answers many positions: 128 MB
+
+
+class Top(NamedTuple):
+    """The best items of some rows of a store, on the host."""
+
+    rows: np.ndarray  # [R] int64
+    items: np.ndarray  # [R, k] int32
+    scores: np.ndarray  # [R, k] float32
+
+
+class Retriever:
+    """A finished run that names candidates; the flag --method.retriever says which one.
+
+    Raises ValueError where there is no such run, or it learned other data than `setting` has.
+    """
+
+    def __init__(self, path: Path, setting: Setting) -> None:
+        self.run, self.setting = require_run(path, "retriever", setting), setting
+        self._asking = Asking.like([self.run])
+
+    @cached_property
+    def built(self) -> Built:
+        """Its model and examples, ready to score on this process's device."""
+        built = self.setting.load_model(self.run.folder)
+        built.require_full_ranking()
+        built.model.to(PartialState().device).requires_grad_(False).eval()
+        return built
+
+    @cached_property
+    def checksum(self) -> str:
+        """sha256 of its weights."""
+        with open(self.run.folder / "model" / "model.safetensors", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def candidates(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
+        """The top k for each row of a phase, the same on every process. Collective.
+
+        Those of a data set are kept in the cache under a name that says of which weights and rows they are.
+        """
+        if not split.hash:
+            return self.ask(split, phase, k)
+        state = PartialState()
+        path = self.setting.cache / "candidates" / store_name(split, phase, k, self.checksum)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock", timeout=WAIT_SECONDS)
+        if state.is_main_process:
+            lock.acquire()
+        try:
+            found = [self._kept(path, split, phase, k) if state.is_main_process else None]
+            store: CandidateStore | None = broadcast_object_list(found)[0]
+            if store is None:
+                store = self.ask(split, phase, k)
+                if state.is_main_process:
+                    store.save(path)
+        finally:
+            lock.release()
+        return store
+
+    def _kept(self, path: Path, split: Split, phase: StoredPhase, k: int) -> CandidateStore | None:
+        if path.is_file():
+            try:
+                return CandidateStore.load(path, len(rows_of(split, phase)), k)
+            except ValueError as error:
+                logger.warning("%s: asking %s anew", error, self.run.folder)
+        else:
+            logger.info("asking %s for the top %d of each %s history", self.run.folder, k, phase)
+        return None
+
+    @torch.no_grad()
+    def ask(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
+        """Let every process ask about its share, and give all to all. Collective."""
+        tops = self._all_positions(split, k) if phase == "train" else self._each_row(split, phase, k)
+        everyone: list[Top] = gather_object(list(tops))
+        rows = np.concatenate([top.rows for top in everyone])
+        first = np.unique(rows, return_index=True)[1]  # a loader may repeat rows
+        if len(first) != len(rows_of(split, phase)):
+            raise ValueError(f"{len(first)} of {len(rows_of(split, phase))} {phase} histories got candidates")
+        items, scores = (np.concatenate([top[i] for top in everyone])[first] for i in (1, 2))
+        return CandidateStore(items, scores)
+
+    def _each_row(self, split: Split, phase: StoredPhase, k: int) -> Iterator[Top]:
+        """One pass a history."""
+        asked = as_test(split, rows_of(split, phase)) if phase == "train" else split
+        seen_in = "test" if phase == "train" else phase
+        for batch in self._asking.batches(self.built.require_full_ranking()(asked, seen_in)):
+            assert batch.row is not None
+            with self._asking.autocast():
+                scores_BN = self.built.model(batch)
+            yield _top(scores_BN, asked, seen_in, batch.row.cpu().numpy(), k)
+
+    def _all_positions(self, split: Split, k: int) -> Iterator[Top]:
+        """One pass a window of training events, where the model answers at each of them; else one a history."""
+        model: Recommender = self.built.model
+        if not isinstance(model, SASRec):
+            yield from self._each_row(split, "train", k)
+            return
+        windows, asked = TrainingWindows(split, model.config.window), as_test(split, rows_of(split, "train"))
+        for batch in self._asking.batches(windows):
+            assert isinstance(batch, SequenceBatch)
+            assert batch.row is not None
+            assert batch.labelled is not None
+            with self._asking.autocast():
+                states_TH = model.states(batch).flatten(0, 1).index_select(0, batch.labelled)
+            query, table = model.operands(states_TH.float())
+            cuts = windows.cuts(batch.row.cpu().numpy())
+            at_once = max(1, SCORES_AT_ONCE // len(table))
+            for start in range(0, len(cuts), at_once):
+                scores = query[start : start + at_once] @ table.float().T
+                yield _top(scores, asked, "test", cuts[start : start + at_once], k)
+
+
+def _top(scores_TN: Tensor, split: Split, phase: Phase, rows: np.ndarray, k: int) -> Top:
+    """The k best items of each row that its history does not hold."""
+    if scores_TN.isnan().any():
+        raise ValueError("NaN among the scores of --method.retriever")
+    scores_TN = scores_TN.float()
+    allowed_TN = scores_TN > -torch.inf
+    allowed_TN[:, PADDING_ITEM] = False
+    seen_rows, seen_items = (torch.from_numpy(a).to(scores_TN.device) for a in seen_pairs(split, phase, MASK, rows))
+    allowed_TN[seen_rows, seen_items] = False
+    items_TK = top_items(scores_TN, allowed_TN, k)
+    kept_TK = scores_TN.gather(1, items_TK).masked_fill(items_TK == PADDING_ITEM, -torch.inf)
+    return Top(rows, items_TK.int().cpu().numpy(), kept_TK.cpu().numpy())
