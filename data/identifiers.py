@@ -1,6 +1,7 @@
 """What names a candidate in a prompt, and the one token that a model writes to choose it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from string import ascii_uppercase
 
 import numpy as np
@@ -9,6 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from .title_tokens import encode
 
 LETTERS = tuple(ascii_uppercase)
+
+
+@dataclass(frozen=True)
+class Identifiers:
+    """K names of candidates; without tokens each is a learned vector, which stands for it in prompt and answer."""
+
+    labels: tuple[str, ...]
+    token_ids: np.ndarray | None  # [K] int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class NotOneToken(ValueError):

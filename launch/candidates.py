@@ -19,7 +19,6 @@ from data.candidate_store import CandidateStore, StoredPhase, TrainingWindows, a
 from data.splits import Phase, Split
 from evaluation.protocols import Mask, seen_pairs
 from evaluation.ranks import PADDING_ITEM, top_items
-from models.base import Recommender
 from models.sasrec import SASRec
 
 from .earlier_runs import Asking, require_run
@@ -50,9 +49,8 @@ class Retriever:
         self.run, self.setting = require_run(path, "retriever", setting), setting
         self._asking = Asking.like([self.run])
 
-    @cached_property
-    def built(self) -> Built:
-        """Its model and examples, ready to score on this process's device."""
+    def load(self) -> Built:
+        """Its model and examples, ready to score on this process's device; nobody keeps them but the caller."""
         built = self.setting.load_model(self.run.folder)
         built.require_full_ranking()
         built.model.to(PartialState().device).requires_grad_(False).eval()
@@ -101,7 +99,11 @@ class Retriever:
     @torch.no_grad()
     def ask(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
         """Let every process ask about its share, and give all to all. Collective."""
-        tops = self._all_positions(split, k) if phase == "train" else self._each_row(split, phase, k)
+        built = self.load()
+        if phase == "train" and isinstance(built.model, SASRec):
+            tops = self._all_positions(built.model, split, k)
+        else:
+            tops = self._each_row(built, split, phase, k)
         everyone: list[Top] = gather_object(list(tops))
         rows = np.concatenate([top.rows for top in everyone])
         first = np.unique(rows, return_index=True)[1]  # a loader may repeat rows
@@ -110,22 +112,22 @@ class Retriever:
         items, scores = (np.concatenate([top[i] for top in everyone])[first] for i in (1, 2))
         return CandidateStore(items, scores)
 
-    def _each_row(self, split: Split, phase: StoredPhase, k: int) -> Iterator[Top]:
+    def _each_row(self, built: Built, split: Split, phase: StoredPhase, k: int) -> Iterator[Top]:
         """One pass a history."""
         asked = as_test(split, rows_of(split, phase)) if phase == "train" else split
         seen_in = "test" if phase == "train" else phase
-        for batch in self._asking.batches(self.built.require_full_ranking()(asked, seen_in)):
+        for batch in self._asking.batches(built.require_full_ranking()(asked, seen_in)):
             assert batch.row is not None
             with self._asking.autocast():
-                scores_BN = self.built.model(batch)
+                scores_BN = built.model(batch)
             yield _top(scores_BN, asked, seen_in, batch.row.cpu().numpy(), k)
 
-    def _all_positions(self, split: Split, k: int) -> Iterator[Top]:
-        """One pass a window of training events, where the model answers at each of them; else one a history."""
-        model: Recommender = self.built.model
-        if not isinstance(model, SASRec):
-            yield from self._each_row(split, "train", k)
-            return
+    def _all_positions(self, model: SASRec, split: Split, k: int) -> Iterator[Top]:
+        """One pass a window of training events, all of whose positions answer.
+
+        A position reads the events of its window, as in training; only those at a window's end read as many as an
+        evaluation would.
+        """
         windows, asked = TrainingWindows(split, model.config.window), as_test(split, rows_of(split, "train"))
         for batch in self._asking.batches(windows):
             assert isinstance(batch, SequenceBatch)

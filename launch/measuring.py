@@ -122,6 +122,10 @@ def measure_ranking(
         "popularity": popularity.as_results(),
         "examples": example_recommendations(test, parts, catalog),
     }
+    if built.summary is not None and config.evaluation.protocol == "full":
+        figures["two_stages"] = {
+            evaluation.header["phase"]: built.summary(parts, evaluation) for evaluation in (valid, test)
+        }
     return figures, [valid, test]
 
 

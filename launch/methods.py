@@ -21,6 +21,7 @@ from models.e4srec import E4SRec, E4SRecConfig
 from models.ensemble import EnsembleConfig
 from models.gru4rec import GRU4RecConfig
 from models.ilora_items import ILoRAItems, ILoRAItemsConfig
+from models.llamarec import LlamaRecConfig
 from models.llara import ILoRAConfig, LLaRAConfig
 from models.lrurec import LRURecConfig
 from models.mntp import MNTPConfig
@@ -33,6 +34,7 @@ from models.title_grounding import TitleGrounding
 
 from .dense_retrieval import build_dense_retrieval
 from .item_tables import item_tables
+from .llamarec import build_llamarec
 from .llara import build_llara, inner_sasrec
 from .llm2vec import build_mntp, build_simcse
 from .members import build_ensemble
@@ -144,6 +146,7 @@ METHODS = {
     "gru4rec": Method(GRU4RecConfig, build_sequence_recommender),
     "ilora": Method(ILoRAConfig, build_llara, has_backbone=True, makes_gate=True),
     "ilora-items": Method(ILoRAItemsConfig, build_item_reader, has_backbone=True, makes_gate=True),
+    "llamarec": Method(LlamaRecConfig, build_llamarec, has_backbone=True),
     "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
     "lrurec": Method(LRURecConfig, build_sequence_recommender),
     "mntp": Method(MNTPConfig, build_mntp, has_backbone=True, ranks=False),

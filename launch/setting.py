@@ -13,6 +13,7 @@ from data.batches import Examples
 from data.interactions import Catalog
 from data.splits import Phase, Split
 from data.tokenized import Prompts
+from evaluation.results import Evaluation
 from models.backbone import BackboneConfig
 from models.base import Recommender
 
@@ -56,6 +57,8 @@ class Built:
     add_items: Callable[[Catalog], None] | None = None
     # Of a stage that ranks nothing: labelled examples that are kept from training, whose loss selects its weights.
     held_out: Callable[[], Examples] | None = None
+    # What a full ranking means beside its metrics, for results.json: figures of a method of two stages.
+    summary: Callable[[Split, Evaluation], dict[str, Any]] | None = None
 
     def evaluation_among(self, split: Split, phase: Phase, candidates: np.ndarray | None) -> Examples:
         """Return the examples that rank a phase's targets, among an evaluator's candidates or in the whole catalogue.

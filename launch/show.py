@@ -47,6 +47,8 @@ def show_results(folder: RunFolder) -> None:
         for metric, value in results["valid"].items():
             table.add_row(metric, f"{value:.4f}")
         console.print(table)
+    if "two_stages" in results:
+        console.print(stages(results["two_stages"]["test"], results["test"]))
     for example in results.get("examples", []):
         history = "; ".join(example["history"])
         console.print(f"\nuser {example['user']}, last: {history}", markup=False, soft_wrap=True)
@@ -69,6 +71,20 @@ def figures(title: str, model: str, measured: dict[str, Any], popularity: dict[s
         low, high = measured["intervals"][metric]
         means = f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}"
         table.add_row(metric, *means, f"{low:.4f} to {high:.4f}", *(f"{part[metric]:.4f}" for part in slices.values()))
+    return table
+
+
+def stages(summary: dict[str, Any], measured: dict[str, Any]) -> Table:
+    """Return a table of a ranking of candidates beside the retriever's own, for all users and for those it can help."""
+    title = (
+        f"retrieved: {summary['recall']:.4f} of the targets are among {summary['candidates']} candidates; "
+        f"weight of the language model {summary['llm_weight']:.2f}"
+    )
+    found = f"{summary['users_found']:,} users with their target among them"
+    table = _table(title, "retriever, all", "ranked, all", f"retriever, {found}", "ranked, the same")
+    for metric in _shown(summary["subset"]):
+        columns = summary["retriever"], measured, summary["retriever_subset"], summary["subset"]
+        table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns))
     return table
 
 

@@ -16,7 +16,6 @@ from evaluation.evaluator import Evaluator
 from launch.candidates import Retriever
 from launch.loading import load_model, load_run, read_and_split
 from launch.setting import Setting
-from models.sasrec import SASRec
 
 K = 6
 
@@ -64,15 +63,13 @@ def test_the_recall_of_the_store_is_the_hit_rate_of_the_retriever(trained: Path,
 
 def test_training_candidates_of_one_pass_are_those_of_a_pass_a_history(trained: Path, setting: Setting) -> None:
     """For every history that fits into one window; a longer one is read from where its window begins."""
-    parts, retriever = setting.split, Retriever(trained, setting)
-    store = retriever.candidates(parts, "train", K)
+    parts = setting.split
+    store = Retriever(trained, setting).candidates(parts, "train", K)
     cuts = training_cuts(parts)
     assert len(store.items) == len(cuts)
     met = [set(parts.history(int(user), int(end)).tolist()) for user, end in zip(cuts.user, cuts.position, strict=True)]
     assert not any(set(row.tolist()) & seen for row, seen in zip(store.items, met, strict=True))
     scores = all_scores(trained, as_test(parts, cuts), "test")
-    model = retriever.built.model
-    assert isinstance(model, SASRec)
     # Where the window of the one pass ends, as that of an evaluation does.
     last_of_window = cuts.position == parts.train_end[cuts.user] - 1
     assert last_of_window.sum() > 20

@@ -1,0 +1,165 @@
+"""LlamaRec, built from a backbone and the candidates of an earlier run."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from data.batches import Examples
+from data.candidate_store import CandidateStore, StoredPhase
+from data.draws import Draws
+from data.identifiers import LETTERS, Identifiers, NotOneToken, encoded_alone, resolve
+from data.prompts import title_texts
+from data.ranking_batches import EvaluationRankings, TrainingRankings
+from data.ranking_prompts import cleaned_movie_title, ranking_prompt, shown_titles
+from data.ranking_tokens import RankingEncoder
+from data.splits import Phase, Split
+from data.title_tokens import TokenTable, encode
+from evaluation.results import Evaluation
+from evaluation.two_stages import two_stage_figures
+from models.backbone import Backbone, load_backbone, load_tokenizer
+from models.item_embeddings import mean_token_embeddings
+from models.llamarec import LlamaRec, LlamaRecConfig
+from models.pretrained import load_saved_tokenizer
+from models.sasrec import SASRec
+from models.tiny import vocabulary_text
+
+from .candidates import Retriever
+from .setting import Built, Setting
+
+logger = logging.getLogger("shardrec")
+
+COUNT_FLAG = "--method.prompts.num_candidates"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The first stage as the second one sees it; candidates of a data set are asked for once a run."""
+
+    retriever: Retriever
+    k: int
+    known: dict[StoredPhase, CandidateStore]
+    split: Split
+
+    def candidates(self, split: Split, phase: StoredPhase) -> CandidateStore:
+        """The candidates of a phase, the same on every process. Collective."""
+        if split is not self.split:
+            return self.retriever.candidates(split, phase, self.k).require_full(COUNT_FLAG)
+        if phase not in self.known:
+            self.known[phase] = self.retriever.candidates(split, phase, self.k).require_full(COUNT_FLAG)
+        return self.known[phase]
+
+
+def build_llamarec(setting: Setting) -> Built:
+    config: LlamaRecConfig = setting.method
+    assert setting.backbone is not None
+    if config.retriever is None:
+        raise ValueError("llamarec ranks the candidates of another run: pass --method.retriever, its folder")
+    prompts, split = config.prompts, setting.split
+    stage = Stage(Retriever(config.retriever, setting), prompts.num_candidates, {}, split)
+    if setting.saved is None:
+        report_ceiling(stage)
+    tokenizer = tokenizer_of(setting, config)
+    titles = shown_titles(tokenizer, setting.catalog, prompts)
+    identifiers = None if config.scoring == "dot" else choose_identifiers(tokenizer, config)
+    encoder = RankingEncoder(tokenizer, titles, prompts.history_length, identifiers)
+    backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True)
+    table = item_table(config, backbone, tokenizer, titles, stage) if config.scoring == "dot" else None
+    letters = None if identifiers is None else identifiers.token_ids
+    alone = encoded_alone(tokenizer, identifiers.labels) if identifiers and config.verbalizer == "published" else None
+    model = LlamaRec(config, backbone, setting.catalog.num_items, letters, alone, tokenizer.eos_token_id, table)
+    evaluated = partial(EvaluationRankings, encoder=encoder, settings=prompts, seed=setting.seed)
+
+    def training() -> Examples:
+        hard = stage.candidates(split, "train") if config.negatives == "hard" else None
+        answers = letters if config.objective == "published" else None
+        return TrainingRankings(split, encoder, prompts, setting.seed, cuts=config.cuts, hard=hard, answer_ids=answers)
+
+    def evaluation(split: Split, phase: Phase) -> Examples:
+        return evaluated(split, phase, store=stage.candidates(split, phase), permutations=config.permutations)
+
+    def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
+        order = Draws.of(setting.seed, 0, np.arange(len(candidates))).numbers(0, candidates.shape[1]).argsort(axis=1)
+        shown = np.take_along_axis(candidates, order, axis=1).astype(np.int32)
+        return evaluated(split, phase, store=CandidateStore(shown, np.zeros(shown.shape, np.float32)), scored=False)
+
+    def summary(split: Split, evaluation: Evaluation) -> dict[str, Any]:
+        places = stage.candidates(split, evaluation.header["phase"]).places(evaluation.ranks.target)
+        weight = float(model.llm_weight)
+        return {"candidates": stage.k, "llm_weight": weight, **two_stage_figures(evaluation, places, stage.k)}
+
+    fits = config.llm_weight is None
+    return Built(
+        model,
+        training,
+        evaluation,
+        tokenizer,
+        model.choose_weight if fits else None,
+        offering=offering,
+        summary=summary,
+    )
+
+
+def report_ceiling(stage: Stage) -> None:
+    """Log what no ranking of the candidates can exceed."""
+    valid, test = (
+        stage.candidates(stage.split, phase).recall(stage.split.target_items(phase)) for phase in ("valid", "test")
+    )
+    folder = stage.retriever.run.folder
+    logger.info("%s finds %.4f of validation and %.4f of test targets in its top %d", folder, valid, test, stage.k)
+
+
+def tokenizer_of(setting: Setting, config: LlamaRecConfig) -> PreTrainedTokenizerFast:
+    """The backbone's tokenizer; that of tiny learns the titles and the text around them."""
+    assert setting.backbone is not None
+    if setting.saved is not None:
+        return load_saved_tokenizer(str(setting.saved / "tokenizer"))
+    titles = title_texts(setting.catalog)
+    shown = ["", *map(cleaned_movie_title, titles[1:])] if config.prompts.titles == "published-movie" else titles
+    history = shown[1 : 1 + config.prompts.history_length]
+    offered = list(zip(LETTERS, shown[1 : 1 + config.prompts.num_candidates], strict=False))
+    example = ranking_prompt(history, None if config.scoring == "dot" else offered)
+    return load_tokenizer(setting.backbone, vocabulary_text(shown, setting.split.item_counts(), [example]))
+
+
+def choose_identifiers(tokenizer: PreTrainedTokenizerFast, config: LlamaRecConfig) -> Identifiers:
+    """Letters where each is one token behind a prompt, else vectors; raises ValueError where letters are required."""
+    count = config.prompts.num_candidates
+    required = config.identifiers == "letters" or config.objective == "published"
+    if config.identifiers != "vectors":
+        try:
+            if count > len(LETTERS):
+                raise NotOneToken(f"there are {len(LETTERS)} letters, and {COUNT_FLAG} is {count}")
+            labels = LETTERS[:count]
+            return Identifiers(labels, resolve(tokenizer, ranking_prompt(["a"], [("A", "b")]), labels))
+        except NotOneToken as error:
+            if required:
+                raise ValueError(
+                    f"{error}: pass --method.identifiers vectors with --method.objective candidates"
+                ) from error
+            logger.info("%s: candidates are named by learned vectors", error)
+    if required or config.prompts.truncation == "left":
+        raise ValueError(
+            "--method.identifiers vectors have no tokens: they go with --method.objective candidates and "
+            "--method.prompts.truncation history"
+        )
+    return Identifiers(tuple(map(str, range(1, count + 1))), None)
+
+
+def item_table(
+    config: LlamaRecConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerFast, titles: list[str], stage: Stage
+) -> Tensor:
+    """The vectors of scoring dot, [N + 1, D]."""
+    if config.item_vectors == "titles":
+        return mean_token_embeddings(backbone, TokenTable.of([[], *encode(tokenizer, titles[1:])]))
+    retriever = stage.retriever.load().model
+    if not isinstance(retriever, SASRec):
+        raise ValueError(
+            f"--method.item_vectors retriever: {stage.retriever.run.folder} has no item table; pass titles, or a "
+            "--method.retriever of sasrec"
+        )
+    return retriever.item_table.detach().cpu()
