@@ -46,6 +46,10 @@ LORA = "--model bigrec --backbone.lora_dropout 0".split()
 E4SREC = "--model e4srec --method.prompts.max_history 12 --backbone.lora_dropout 0".split()
 CANDIDATES = "--evaluation.protocol candidates-20".split()
 LLARA = ["--model", "llara", *TINY, *CANDIDATES]
+LLAMAREC = (
+    "--model llamarec --method.negatives hard --method.cuts 8 --method.prompts.num_candidates 8 "
+    "--method.prompts.history_length 6 --backbone.lora_dropout 0"
+).split()
 MOE_LORA = "--model ilora --backbone.adapter moe-lora --backbone.lora_dropout 0".split()
 ILORA = [*MOE_LORA, *CANDIDATES, "--method.vectors=states"]
 # Negatives come from all micro-batches that are trained side by side, so there is one of them, as large as the step.
@@ -75,6 +79,11 @@ ROWS = {
         *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
     ],
     "llara float32": [*LLARA, "--train.precision=fp32"],
+    "llamarec float32": [*LLAMAREC, *TINY, "--train.precision=fp32"],
+    "llamarec LoRA 4-bit, vectors, checkpointing": [
+        *(*LLAMAREC, "--train.precision=bf16", "--method.identifiers=vectors"),
+        *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
+    ],
     "ilora MoE-LoRA float32": [*ILORA, "--train.precision=fp32"],
     "ilora MoE-LoRA 4-bit, checkpointing": [
         *(*ILORA, "--train.precision=bf16"),
@@ -137,6 +146,8 @@ def settings(row: str, inputs: Path) -> list[str]:
     flags = [f"--backbone.name={inputs / 'backbone'}"] if "LoRA" in row else []
     if row.startswith(("llara", "ilora")):
         flags.append(f"--method.sasrec={inputs / 'sasrec'}")
+    if row.startswith("llamarec"):
+        flags += [f"--method.retriever={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
     return [*COMMON, *ROWS[row], *flags]
 
 

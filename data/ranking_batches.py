@@ -50,13 +50,23 @@ class RankingBatch:
 
 
 class RankingPrompts:
-    """What training and evaluation share: prompts of rows of a split, cut to fit."""
+    """What training and evaluation share: prompts of rows of a split, cut to fit.
+
+    Raises ValueError where candidates may not fit even without a history.
+    """
 
     def __init__(
         self, split: Split, encoder: RankingEncoder, settings: RankingSettings, seed: int, answered: bool = False
     ) -> None:
         self.split, self.encoder, self.settings, self.seed = split, encoder, settings, seed
         self.room = settings.max_length - answered
+        needed = encoder.longest_without_history(settings.num_candidates)
+        if settings.truncation == "history" and needed > self.room:
+            raise ValueError(
+                f"{settings.num_candidates} candidates with the longest titles take {needed} tokens even without a "
+                f"history, more than --method.prompts.max_length {settings.max_length}: raise it, or lower "
+                "--method.prompts.num_candidates or --method.prompts.title_tokens"
+            )
 
     def encode(self, rows: Rows, candidates: np.ndarray) -> RankingRows:
         """The prompts of rows with these candidates, [R, K]; see `fit`."""
@@ -66,19 +76,12 @@ class RankingPrompts:
         return self.encoder.encode(*self._history(self.fit(rows, candidates)), candidates)
 
     def fit(self, rows: Rows, candidates: np.ndarray) -> Rows:
-        """The rows without the oldest history items that do not fit; raises ValueError where none fits."""
+        """The rows without the oldest history items that do not fit; without any, every row does."""
         start, long = rows.start.copy(), np.arange(len(rows.user))
         while len(long):
             now = rows._replace(start=start).take(long)
             lengths = self.encoder.parts(*self._history(now), candidates[long]).row_lengths()
-            too_long = lengths > self.room
-            long, lengths = long[too_long], lengths[too_long]
-            if (start[long] == rows.position[long]).any():
-                raise ValueError(
-                    f"a prompt with {candidates.shape[1]} candidates has {lengths.max()} tokens even without a "
-                    f"history, more than --method.prompts.max_length {self.settings.max_length}: raise it, or lower "
-                    "--method.prompts.num_candidates or --method.prompts.title_tokens"
-                )
+            long = long[lengths > self.room]
             start[long] += 1
         return rows._replace(start=start)
 

@@ -107,6 +107,16 @@ class RankingEncoder:
         index = first[1:, None] - 2 * np.arange(candidates.shape[1], 0, -1)  # the entry of each candidate's index
         return RankingRows(parts.tokens(), ends[index] - ends[first[:-1], None] + self.slot_in_index)
 
+    def longest_without_history(self, num_candidates: int) -> int:
+        """Tokens of a prompt that offers the longest titles to a user who has no history."""
+        lengths = self.table.lengths
+        if self.identifiers is None:
+            return int(lengths[WITHOUT_HISTORY])
+        titles = lengths[self.first_title :].reshape(-1, self.num_titles).max(axis=0)
+        indices = lengths[self.first_candidate_index : self.first_candidate_index + num_candidates]
+        heading = lengths[WITHOUT_HISTORY] + lengths[POOL_HEADING]
+        return int(heading + indices.sum() + np.sort(titles)[-num_candidates:].sum())
+
     def cut_left(self, tokens: TokenTable, max_length: int) -> TokenTable:
         """The last tokens of each row behind its BOS, as published: an instruction that does not fit is lost."""
         kept = np.minimum(tokens.lengths, max_length) - len(self.bos)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from data.batches import Examples
+from data.candidate_rows import shuffled
 from data.candidate_store import CandidateStore, StoredPhase
 from data.draws import Draws
 from data.identifiers import LETTERS, Identifiers, NotOneToken, encoded_alone, resolve
@@ -29,7 +30,7 @@ from models.sasrec import SASRec
 from models.tiny import vocabulary_text
 
 from .candidates import Retriever
-from .setting import Built, Setting
+from .setting import Built, NeedsCandidates, Setting
 
 logger = logging.getLogger("shardrec")
 
@@ -83,8 +84,13 @@ def build_llamarec(setting: Setting) -> Built:
         return evaluated(split, phase, store=stage.candidates(split, phase), permutations=config.permutations)
 
     def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
-        order = Draws.of(setting.seed, 0, np.arange(len(candidates))).numbers(0, candidates.shape[1]).argsort(axis=1)
-        shown = np.take_along_axis(candidates, order, axis=1).astype(np.int32)
+        if identifiers is not None and candidates.shape[1] > len(identifiers):
+            raise NeedsCandidates(
+                f"its prompts have {len(identifiers)} identifiers, and this protocol offers {candidates.shape[1]} "
+                f"candidates: train with {COUNT_FLAG} {candidates.shape[1]}, or pass --protocol full"
+            )
+        draws = Draws.of(setting.seed, 0, np.arange(len(candidates)))
+        shown = shuffled(candidates, draws).astype(np.int32)  # the target comes first
         return evaluated(split, phase, store=CandidateStore(shown, np.zeros(shown.shape, np.float32)), scored=False)
 
     def summary(split: Split, evaluation: Evaluation) -> dict[str, Any]:

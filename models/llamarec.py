@@ -228,7 +228,7 @@ class ItemHead(nn.Module):
     def forward(self, decoder: Decoder, states_BH: Tensor, candidates: Tensor) -> Tensor:
         """Return [B, K] float32, a column a candidate."""
         query_BD = F.normalize(self.projection(states_BH).float(), dim=1) * self.log_scale.exp()
-        return (query_BD[:, None] * self.table[candidates]).sum(-1)
+        return (query_BD[:, None] * self.table[candidates]).sum(-1).float()
 
 
 def product(states_BH: Tensor, rows_KH: Tensor) -> Tensor:

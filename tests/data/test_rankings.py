@@ -149,7 +149,8 @@ def test_titles_are_on_one_line_and_cut_by_tokens(tiny: PreTrainedTokenizerBase)
 def test_a_long_prompt_loses_its_oldest_titles_and_never_its_instruction(
     split: Split, tiny: PreTrainedTokenizerBase
 ) -> None:
-    settings = RankingSettings(num_candidates=K, max_length=170)
+    room = encoder(tiny, letters(tiny)).longest_without_history(K) + 10
+    settings = RankingSettings(num_candidates=K, max_length=room)
     store = CandidateStore(np.tile(np.arange(1, K + 1, dtype=np.int32), (7, 1)), np.zeros((7, K), np.float32))
     batch = EvaluationRankings(split, "test", encoder(tiny, letters(tiny)), settings, 0, store).collate(np.arange(7))
     texts = [
@@ -160,19 +161,19 @@ def test_a_long_prompt_loses_its_oldest_titles_and_never_its_instruction(
         assert text.removeprefix("<bos>").lstrip().startswith(BEFORE.format(instruction=CHOOSE))
         assert text.endswith(RESPONSE)
         history = [PLAIN[item] for item in split.history(row, int(split.test.position[row]))]
-        shown = [
-            part.partition(") ")[2] for part in text.split("User history: ")[1].split("; \n Candidate")[0].split(" \n ")
-        ]
+        listed = text.split("User history: ")[1].split("; \n Candidate")[0].split(" \n ")
+        shown = [entry.partition(") ")[2] for entry in listed]
         assert shown == history[len(history) - len(shown) :], "the newest are left, numbered from 1"
         shortened += len(shown) < min(len(history), 20)
     assert shortened >= 3
-    assert batch.attention_mask.sum(1).max() <= 170
+    assert batch.attention_mask.sum(1).max() <= room
 
 
-def test_a_prompt_that_does_not_fit_without_a_history_is_refused(split: Split, tiny: PreTrainedTokenizerBase) -> None:
-    settings = RankingSettings(num_candidates=K, max_length=60)
-    with pytest.raises(ValueError, match=r"even without a history.*--method\.prompts\.max_length 60"):
-        examples(split, tiny, settings).collate(np.arange(3), 0)
+def test_candidates_that_may_not_fit_are_refused_at_once(split: Split, tiny: PreTrainedTokenizerBase) -> None:
+    longest = encoder(tiny, letters(tiny)).longest_without_history(K)
+    examples(split, tiny, RankingSettings(num_candidates=K, max_length=longest))
+    with pytest.raises(ValueError, match=rf"take {longest} tokens.*--method\.prompts\.max_length {longest - 1}"):
+        examples(split, tiny, RankingSettings(num_candidates=K, max_length=longest - 1))
 
 
 def test_the_published_cut_loses_what_stands_first(split: Split, tiny: PreTrainedTokenizerBase) -> None:

@@ -30,6 +30,8 @@ CELLS = [
     ("dense-retrieval float32, GradCache", "zero3"),
     ("dense-retrieval LoRA 4-bit, checkpointing", "zero3"),
     ("llara float32", "zero3"),
+    ("llamarec float32", "zero3"),
+    ("llamarec LoRA 4-bit, vectors, checkpointing", "zero3"),
     ("ilora MoE-LoRA float32", "ddp"),
     ("ilora MoE-LoRA 4-bit, checkpointing", "zero2"),
 ]
