@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import PromptBatch, SequenceBatch
+from data.identifiers import LETTERS
 from data.item_prompts import ItemPromptBatch
+from data.ranking_batches import RankingBatch
 from data.retrieval_examples import RetrievalBatch
 from data.retrieval_texts import RetrievalTexts
 from data.stage_examples import MaskedBatch, WholeTextBatch
@@ -26,6 +28,7 @@ from models.dense_retrieval import DenseRetrieval
 from models.dense_retrieval_config import DenseRetrievalConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
+from models.llamarec import LlamaRec, LlamaRecConfig, VectorHead
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
 from models.mntp import MNTP, MNTPConfig
 from models.moe_lora import find_gate
@@ -71,6 +74,8 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
         return _bigrec(config.method, backbone, num_items)
     if isinstance(config.method, LLaRAConfig):
         return _llara(config.method, backbone, num_items)
+    if isinstance(config.method, LlamaRecConfig):
+        return _llamarec(config.method, backbone, num_items)
     left_out = f"what {config.model} trains beside the backbone"
     return Skeleton(NextToken(backbone), prompts, vocabulary(backbone), left_out)
 
@@ -220,6 +225,34 @@ def llara_skeleton(config: LLaRAConfig, backbone: Backbone, num_items: int, devi
     with torch.device(device):
         sasrec = SASRec(SASRecConfig(), num_items) if needed else None
         return kind(config, backbone, TokenTable.of([]), sasrec)  # type: ignore[arg-type]
+
+
+def _llamarec(config: LlamaRecConfig, backbone: Backbone, num_items: int) -> Skeleton:
+    model = llamarec_skeleton(config, backbone, num_items).train()
+    count, learns_text = config.prompts.num_candidates, config.objective == "published"
+
+    def batch(rows: int, length: int) -> RankingBatch:
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        candidates = torch.ones(rows, count, dtype=torch.int64)
+        ends = torch.arange(1, rows + 1) * length - 2  # an answer's token may follow
+        return RankingBatch(
+            *(ids, ids.clone(), ends, candidates, candidates.clone()),
+            index_slots=torch.arange(rows * count) if isinstance(model.head, VectorHead) else None,
+            answers=torch.zeros(rows, dtype=torch.int64),
+            count=rows,
+        )
+
+    return Skeleton(model, batch, vocabulary(backbone) if learns_text else count)
+
+
+def llamarec_skeleton(config: LlamaRecConfig, backbone: Backbone, num_items: int, device: str = "meta") -> LlamaRec:
+    """LlamaRec with letters, or vectors where those are asked for; item vectors are as wide as the backbone."""
+    count, width = config.prompts.num_candidates, causal_model(backbone).config.get_text_config().hidden_size
+    vectors = config.identifiers == "vectors" or (config.identifiers == "auto" and count > len(LETTERS))
+    with torch.device(device):
+        table = torch.empty(num_items + 1, width) if config.scoring == "dot" else None
+        letters = None if vectors else np.arange(count)
+        return LlamaRec(config, backbone, num_items, letters, end_id=0, item_table=table)
 
 
 class BIGRecSkeleton(BIGRec):

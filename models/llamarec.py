@@ -191,8 +191,8 @@ class LetterHead(nn.Module):
     def __init__(self, ids: np.ndarray, answer_ids: np.ndarray) -> None:
         """`ids` [K] are read, `answer_ids` [K] are what stands behind prompts in training."""
         super().__init__()
-        self.register_buffer("ids", torch.from_numpy(ids))
-        self.register_buffer("answer_ids", torch.from_numpy(answer_ids))
+        self.register_buffer("ids", torch.tensor(ids))
+        self.register_buffer("answer_ids", torch.tensor(answer_ids))
 
     def forward(self, decoder: Decoder, states_BH: Tensor, candidates: Tensor) -> Tensor:
         """Return [B, K] float32, a column an identifier."""

@@ -15,10 +15,18 @@ from launch.fitting import Planner, flags_that_would_fit
 from launch.memory import RESERVED, STRATEGIES, GiB, forecast
 from launch.rehearsal import Rehearsal, rehearse
 from launch.sequences import sequence_recommender
-from launch.skeletons import BIGRecSkeleton, NextToken, dense_retrieval_skeleton, llara_skeleton, make_skeleton
+from launch.skeletons import (
+    BIGRecSkeleton,
+    NextToken,
+    dense_retrieval_skeleton,
+    llamarec_skeleton,
+    llara_skeleton,
+    make_skeleton,
+)
 from models.backbone import describe, load_backbone
 from models.base import Recommender
 from models.dense_retrieval_config import DenseRetrievalConfig
+from models.llamarec import LlamaRecConfig
 from models.llara import LLaRAConfig
 from models.skeleton import backbone_skeleton, packed_side_bytes
 from models.tiny import llama_config
@@ -62,6 +70,8 @@ def real_model(config: RunConfig) -> Recommender:
         backbone = load_backbone(config.backbone, None, seed=0, device="cpu", trainable=True)
     if isinstance(config.method, LLaRAConfig):
         return llara_skeleton(config.method, backbone, ITEMS, device="cpu").train()
+    if isinstance(config.method, LlamaRecConfig):
+        return llamarec_skeleton(config.method, backbone, ITEMS, device="cpu").train()
     return BIGRecSkeleton(config.method, backbone, ITEMS, device="cpu").train()
 
 
@@ -121,6 +131,11 @@ MEASURED = [
     "--model ilora --train.precision bf16 --backbone.name {llama} --backbone.adapter moe-lora",
     "--model ilora --train.precision bf16 --backbone.name {qwen} --backbone.adapter moe-lora "
     "--backbone.quantization 4bit --method.gate.kind resnet",
+    "--model llamarec --train.precision bf16",
+    "--model llamarec --train.precision fp32 --method.scoring dot",
+    "--model llamarec --train.precision bf16 --backbone.name {llama} --method.objective published",
+    "--model llamarec --train.precision bf16 --backbone.name {qwen} --backbone.quantization 4bit "
+    "--method.identifiers vectors",
     "--model sasrec --train.precision bf16",
     "--model sasrec --train.precision fp32 --method.loss gbce --method.num_blocks 3",
     "--model lrurec --train.precision bf16",
