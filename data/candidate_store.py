@@ -79,7 +79,7 @@ class CandidateStore:
 
 
 def store_name(split: Split, phase: StoredPhase, k: int, retriever: str) -> str:
-    """A name for all that the candidates depend on; `retriever` is the checksum of its weights."""
+    """A name for all that the candidates depend on; `retriever` is its checksum."""
     digest = hashlib.sha256(f"{retriever} {split.hash} {phase} {k} ".encode())
     rows = rows_of(split, phase)
     for array in (split.items, split.offsets, rows.user, rows.position):

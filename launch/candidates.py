@@ -58,9 +58,11 @@ class Retriever:
 
     @cached_property
     def checksum(self) -> str:
-        """sha256 of its weights."""
+        """sha256 of its weights and settings: an ensemble of fixed weights has no other weights than its members'."""
+        digest = hashlib.sha256((self.run.folder / "model" / "config.json").read_bytes())
         with open(self.run.folder / "model" / "model.safetensors", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def candidates(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
         """The top k for each row of a phase, the same on every process. Collective.

@@ -65,6 +65,8 @@ def build_llamarec(setting: Setting) -> Built:
     if setting.saved is None:
         report_ceiling(stage)
     tokenizer = tokenizer_of(setting, config)
+    if config.objective == "published" and tokenizer.eos_token_id is None:
+        raise ValueError("--method.objective published ends answers with EOS, which this tokenizer has not")
     titles = shown_titles(tokenizer, setting.catalog, prompts)
     identifiers = None if config.scoring == "dot" else choose_identifiers(tokenizer, config)
     encoder = RankingEncoder(tokenizer, titles, prompts.history_length, identifiers)

@@ -107,6 +107,9 @@ def test_other_weights_have_other_candidates(trained: Path, setting: Setting, tm
     second = Retriever(other, setting).candidates(setting.split, "test", K)
     assert not np.array_equal(first.items, second.items)
     assert len(list((setting.cache / "candidates").glob("*.npz"))) == 2
+    before, config = Retriever(other, setting).checksum, other / "model" / "config.json"
+    config.write_text(config.read_text().replace('"seed": 42', '"seed": 43', 1))
+    assert Retriever(other, setting).checksum != before, "settings say which members an ensemble has"
 
 
 def test_a_retriever_that_is_not_there(setting: Setting, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 from data.batches import NO_LABEL
 from data.candidate_store import CandidateStore
@@ -21,7 +22,7 @@ from data.title_tokens import TokenTable, encode
 from models.backbone import BackboneConfig, causal_model, load_backbone, load_tokenizer
 from models.item_embeddings import mean_token_embeddings
 from models.llamarec import ItemHead, LlamaRec, LlamaRecConfig, VectorHead, best_weight, z_scores
-from models.tiny import TinyConfig
+from models.tiny import TinyConfig, llama_config
 
 SAMPLE = DataConfig(source="sample", sample_users=30, sample_series=12)
 K, USERS = 5, 6
@@ -133,9 +134,9 @@ def test_the_published_loss_is_that_of_letter_and_end(parts: Parts) -> None:
     expected = 0.0
     for answer, logits in zip(batch.answers, whole_logits(model, batch), strict=True):
         labels = torch.tensor([parts.letters.token_ids[answer], parts.tokenizer.eos_token_id])
-        expected += float(F.cross_entropy(logits[-2:], labels, reduction="sum"))
+        expected += F.cross_entropy(logits[-2:], labels, reduction="sum").item()
     loss = model(batch)
-    assert float(loss.total) == pytest.approx(expected, rel=1e-6)
+    assert loss.total.item() == pytest.approx(expected, rel=1e-6)
     assert loss.count == 2 * USERS
 
 
@@ -214,6 +215,21 @@ def test_dot_scores_are_scaled_cosines_with_a_candidates_own_vector(parts: Parts
         expected.append(20 * F.cosine_similarity(model.head.projection(state)[None], model.head.table[candidates]))
     total = F.cross_entropy(torch.stack(expected), batch.answers, reduction="sum")
     torch.testing.assert_close(model(batch).total, total.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["identifiers", "dot"])
+def test_a_head_of_its_own_that_nothing_reads_is_not_trained(parts: Parts, scoring: Any) -> None:
+    """DDP waits for a gradient of every trained weight."""
+    vectors = None if scoring == "dot" else Identifiers(tuple(map(str, range(1, K + 1))), None)
+    shape = llama_config(TinyConfig(hidden_size=32, layers=1), len(parts.tokenizer))
+    shape.tie_word_embeddings = False
+    config = LlamaRecConfig(prompts=parts.settings, scoring=scoring)
+    table = torch.randn(parts.split.num_items + 1, 8)
+    model = LlamaRec(config, LlamaForCausalLM(shape), parts.split.num_items, None, item_table=table)
+    model(parts.training(vectors)).total.backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["backbone.lm_head.weight"]
 
 
 def test_checkpointing_changes_no_gradient(parts: Parts) -> None:
