@@ -19,7 +19,7 @@ from data.candidate_store import CandidateStore, StoredPhase, TrainingWindows, a
 from data.splits import Phase, Split
 from evaluation.protocols import Mask, seen_pairs
 from evaluation.ranks import PADDING_ITEM, top_items
-from models.sasrec import SASRec
+from models.sequence_recommender import SequenceRecommender
 
 from .earlier_runs import Asking, require_run
 from .setting import Built, Setting
@@ -102,7 +102,7 @@ class Retriever:
     def ask(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
         """Let every process ask about its share, and give all to all. Collective."""
         built = self.load()
-        if phase == "train" and isinstance(built.model, SASRec):
+        if phase == "train" and isinstance(built.model, SequenceRecommender):
             tops = self._all_positions(built.model, split, k)
         else:
             tops = self._each_row(built, split, phase, k)
@@ -124,7 +124,7 @@ class Retriever:
                 scores_BN = built.model(batch)
             yield _top(scores_BN, asked, seen_in, batch.row.cpu().numpy(), k)
 
-    def _all_positions(self, model: SASRec, split: Split, k: int) -> Iterator[Top]:
+    def _all_positions(self, model: SequenceRecommender, split: Split, k: int) -> Iterator[Top]:
         """One pass a window of training events, all of whose positions answer.
 
         A position reads the events of its window, as in training; only those at a window's end read as many as an

@@ -26,11 +26,11 @@ from models.backbone import Backbone, load_backbone, load_tokenizer
 from models.item_embeddings import mean_token_embeddings
 from models.llamarec import LlamaRec, LlamaRecConfig
 from models.pretrained import load_saved_tokenizer
-from models.sasrec import SASRec
+from models.sequence_recommender import SequenceRecommender
 from models.tiny import vocabulary_text
 
 from .candidates import Retriever
-from .setting import Built, NeedsCandidates, Setting
+from .setting import Built, CannotRank, Setting
 
 logger = logging.getLogger("shardrec")
 
@@ -87,7 +87,7 @@ def build_llamarec(setting: Setting) -> Built:
 
     def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
         if identifiers is not None and candidates.shape[1] > len(identifiers):
-            raise NeedsCandidates(
+            raise CannotRank(
                 f"its prompts have {len(identifiers)} identifiers, and this protocol offers {candidates.shape[1]} "
                 f"candidates: train with {COUNT_FLAG} {candidates.shape[1]}, or pass --protocol full"
             )
@@ -165,9 +165,9 @@ def item_table(
     if config.item_vectors == "titles":
         return mean_token_embeddings(backbone, TokenTable.of([[], *encode(tokenizer, titles[1:])]))
     retriever = stage.retriever.load().model
-    if not isinstance(retriever, SASRec):
+    if not isinstance(retriever, SequenceRecommender):
         raise ValueError(
             f"--method.item_vectors retriever: {stage.retriever.run.folder} has no item table; pass titles, or a "
-            "--method.retriever of sasrec"
+            "--method.retriever of sasrec, gru4rec or lrurec"
         )
     return retriever.item_table.detach().cpu()
