@@ -5,7 +5,7 @@ from collections.abc import Callable
 from string import ascii_uppercase
 from typing import Literal, NamedTuple
 
-from .rank_templates import Identifiers
+from .listwise_templates import Identifiers
 
 Status = Literal["ok", "wrong_format", "missing", "repetition"]
 STATUSES: tuple[Status, ...] = ("ok", "wrong_format", "missing", "repetition")

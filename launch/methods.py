@@ -27,6 +27,7 @@ from models.lrurec import LRURecConfig
 from models.mntp import MNTPConfig
 from models.moe_lora import find_gate
 from models.pretrained import load_saved_tokenizer
+from models.rankllm import RankLLMConfig
 from models.sasrec import SASRecConfig
 from models.simcse import SimCSEConfig
 from models.tiny import vocabulary_text
@@ -38,6 +39,7 @@ from .llamarec import build_llamarec
 from .llara import build_llara, inner_sasrec
 from .llm2vec import build_mntp, build_simcse
 from .members import build_ensemble
+from .rankllm import build_rankllm
 from .sequences import build_sequence_recommender
 from .setting import Built, Method, Setting
 
@@ -150,6 +152,7 @@ METHODS = {
     "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
     "lrurec": Method(LRURecConfig, build_sequence_recommender),
     "mntp": Method(MNTPConfig, build_mntp, has_backbone=True, ranks=False),
+    "rankllm": Method(RankLLMConfig, build_rankllm, has_backbone=True),
     "sasrec": Method(SASRecConfig, build_sequence_recommender),
     "simcse": Method(SimCSEConfig, build_simcse, has_backbone=True, ranks=False),
 }

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data.batches import Examples
+from data.candidate_store import CandidateStore, StoredPhase
 from data.interactions import Catalog
 from data.splits import Phase, Split
 from data.tokenized import Prompts
@@ -59,6 +60,8 @@ class Built:
     held_out: Callable[[], Examples] | None = None
     # What a full ranking means beside its metrics, for results.json: figures of a method of two stages.
     summary: Callable[[Split, Evaluation], dict[str, Any]] | None = None
+    # What an earlier run retrieved for each row of a phase: a reranker's candidates.
+    candidates: Callable[[Split, StoredPhase], CandidateStore] | None = None
 
     def evaluation_among(self, split: Split, phase: Phase, candidates: np.ndarray | None) -> Examples:
         """Return the examples that rank a phase's targets, among an evaluator's candidates or in the whole catalogue.

@@ -93,7 +93,7 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
         if runtime.is_main:
             folder.begin(config, runtime)
         runtime.wait()
-        if not any(parameter.requires_grad for parameter in built.model.parameters()):
+        if config.train.max_steps == 0 or not any(p.requires_grad for p in built.model.parameters()):
             measure_as_it_is(config, built, interactions, parts, runtime, folder, clock)
             return
         trainer = make_trainer(config, built, parts, runtime, folder, stop)
@@ -124,9 +124,9 @@ def measure_as_it_is(
     folder: RunFolder,
     clock: Clock,
 ) -> None:
-    """Finish a run whose model has nothing to train."""
+    """Finish a run that trains nothing."""
     clock.first_batch = time.perf_counter()
-    logger.info("%s has nothing to train: it is measured as it is, %s", config.model, runtime.strategy)
+    logger.info("%s is not trained: it is measured as it is, %s", config.model, runtime.strategy)
     model = runtime.accelerator.prepare_model(built.model, evaluation_mode=True)
     finish(config, built, Trained(model, Progress()), runtime, parts, interactions.catalog, folder, clock)
     if runtime.is_main:

@@ -1,7 +1,7 @@
 """What a recommender is."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -43,6 +43,10 @@ class Recommender(nn.Module):
     @abstractmethod
     def scores(self, batch: Batch) -> Tensor:
         """Return [B, N + 1] float32 scores of every catalogue item, column 0 (padding) at -inf."""
+
+    def judged(self, batch: Any) -> tuple[Tensor, Sequence[str]]:
+        """Return [B, C] float32 scores of `batch.candidates`, as listed, and whether each answer could be read."""
+        return self.scores(batch).gather(1, batch.candidates), ["ok"] * len(batch.candidates)
 
 
 class Stage(Recommender):

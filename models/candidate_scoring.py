@@ -5,7 +5,7 @@ from torch import Tensor
 
 from data.title_tokens import TokenTable
 
-from .decoder import Decoder, largest_anywhere, log_softmax, run_prefix
+from .decoder import Decoder, Prefix, largest_anywhere, log_softmax, run_prefix
 from .moe_lora import holding_rows
 from .title_scoring import additive_mask, require_free_mask, shared_cache
 
@@ -26,29 +26,38 @@ def candidate_log_likelihoods(
     batch, num_candidates = candidate_BC.shape
     tokens, real = _padded(responses, candidate_BC)
     width = largest_anywhere(decoder.body, tokens.shape[1])
-    require_free_mask(decoder.body, mask_BP.shape[1] + width)
     tokens, real = (torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in (tokens, real))
     first = log_softmax(decoder.head(prefix.last_state)).repeat_interleave(num_candidates, 0).gather(1, tokens[:, :1])
     total = torch.where(real[:, 0], first[:, 0], 0.0)
-    steps = width - 1
-    if steps > 0:
-        causal = torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).tril()
-        prompt = mask_BP.bool().repeat_interleave(num_candidates, 0)[:, None, None].expand(-1, -1, steps, -1)
-        keep = torch.cat([prompt, causal.expand(len(tokens), 1, -1, -1)], dim=-1)
-        positions = prefix.length.repeat_interleave(num_candidates)[:, None] + torch.arange(steps, device=tokens.device)
-        with holding_rows(decoder.body, slice(None), num_candidates):
-            states = decoder.body(
-                input_ids=tokens[:, :-1],
-                attention_mask=additive_mask(keep, decoder.body),
-                position_ids=positions,
-                past_key_values=shared_cache(prefix.cache, slice(None), num_candidates),
-                use_cache=True,
-            ).last_hidden_state
+    if width > 1:
+        states = continued(decoder, prefix, tokens[:, :-1], num_candidates)
         total = total + _of_tokens(decoder, states, tokens[:, 1:], real[:, 1:])
     # A kernel may add up equal rows in another order, and a tie must not be broken by that.
     rows_BCT = torch.where(real, tokens, -1).view(batch, num_candidates, -1)
     first_alike_BC = (rows_BCT[:, :, None] == rows_BCT[:, None]).all(-1).int().argmax(-1)
     return total.view(batch, num_candidates).gather(1, first_alike_BC).float()
+
+
+def continued(decoder: Decoder, prefix: Prefix, tokens_RT: Tensor, rows_a_prompt: int) -> Tensor:
+    """The states of texts that continue prompts which ran once, [R, T, H]: so many texts a prompt, padded on the right.
+
+    The memory of the prompts is shared by their texts, and stays as it was.
+    """
+    steps = tokens_RT.shape[1]
+    require_free_mask(decoder.body, prefix.mask.shape[1] + steps)
+    causal = torch.ones(steps, steps, dtype=torch.bool, device=tokens_RT.device).tril()
+    prompt = prefix.mask.bool().repeat_interleave(rows_a_prompt, 0)[:, None, None].expand(-1, -1, steps, -1)
+    keep = torch.cat([prompt, causal.expand(len(tokens_RT), 1, -1, -1)], dim=-1)
+    positions = prefix.length.repeat_interleave(rows_a_prompt)[:, None] + torch.arange(steps, device=tokens_RT.device)
+    with holding_rows(decoder.body, slice(None), rows_a_prompt):
+        output = decoder.body(
+            input_ids=tokens_RT,
+            attention_mask=additive_mask(keep, decoder.body),
+            position_ids=positions,
+            past_key_values=shared_cache(prefix.cache, slice(None), rows_a_prompt),
+            use_cache=True,
+        )
+    return output.last_hidden_state
 
 
 def _of_tokens(decoder: Decoder, states_RTH: Tensor, tokens_RT: Tensor, real_RT: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training examples (an upper bound when patience is set)."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever epochs says."""
+    """Stop after this many optimizer steps, whatever epochs says; 0 trains nothing and measures the model as it is."""
     batch_size: int = 128
     """Examples of one optimizer step over all processes; accumulation follows from micro_batch_size."""
     micro_batch_size: int | None = None
@@ -74,7 +74,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in COUNTS:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value < 1 and (name, value) != ("max_steps", 0):
                 raise ValueError(f"--train.{name} is {value}, but must be at least 1")
         for prefix, multiplier in self.lr_multipliers.items():
             if multiplier <= 0:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from data.listwise_templates import TEMPLATES, RankTemplate, harmless, rank_template
 from data.permutations import parse, parse_as_published, permutation_text
-from data.rank_templates import TEMPLATES, RankTemplate, harmless, rank_template
 
 TRAPS = [
     # answer, candidates, status, what the published parser ranks first (numbers from 1)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from data.listwise_templates import TEMPLATES, published_passage, published_query
 from data.permutations import parse, parse_as_published, published_cleaned
-from data.rank_templates import TEMPLATES, published_passage, published_query
 from models.sliding_windows import best_first, slide, window_spans
 
 CLASSES = {"ok": "ok", "wrong_format": "wrong_format", "missing_documents": "missing", "repetition": "repetition"}

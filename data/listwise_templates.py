@@ -15,6 +15,8 @@ from typing import Literal, Self
 import yaml
 
 Identifiers = Literal["letters", "numbers"]
+_REST_OF_LINE = re.compile(r"[^\n]*\n+")
+_CUT = "\0"
 PLACEHOLDERS = {"prefix": {"num", "query"}, "body": {"identifier", "item"}, "suffix": {"num", "query"}}
 
 
@@ -54,9 +56,9 @@ class RankTemplate:
             raise ValueError(f"template {self.name!r}, body {self.body!r}: expected '[{{identifier}}] {{item}}\\n'")
         asked = self.prefix + self.body + self.suffix
         before, *behind = asked.split("{query}")
-        ends = {"".join(text.partition("\n")[:2]) for text in behind}
+        ends = {found[0] if (found := _REST_OF_LINE.match(text)) else "" for text in behind}
         leads = {text[-1:] for text in (before, *behind[:-1])}
-        whole_lines = self.prefix.endswith("\n") and all("\n" in end for end in ends)
+        whole_lines = self.prefix.endswith("\n") and all(ends)
         if not whole_lines or not self.joiner or leads != {self.joiner[-1]} or len(ends) != 1:
             raise ValueError(
                 f"template {self.name!r}: expected a prefix that ends with a newline, and {{query}} behind "
@@ -77,9 +79,13 @@ class RankTemplate:
 
     @property
     def closing(self) -> str:
-        """What follows {query} in its line, newline included."""
-        behind = (self.prefix + self.suffix).split("{query}")[1]
-        return behind[: behind.index("\n") + 1]
+        """What follows {query} up to the next line with text, newlines included."""
+        return _REST_OF_LINE.match((self.prefix + self.body + self.suffix).split("{query}")[1])[0]  # type: ignore[index]
+
+    def parts(self, num_candidates: int) -> tuple[list[str], list[str]]:
+        """Prefix and suffix, each cut where the history stands."""
+        prefix, suffix = (text.format(num=num_candidates, query=_CUT) for text in (self.prefix, self.suffix))
+        return prefix.split(_CUT), suffix.split(_CUT)
 
     def identifier(self, place: int) -> str:
         """Name the candidate at this place of the prompt, from 0."""
@@ -132,7 +138,7 @@ def _items(name: str, identifiers: Identifiers, noun: str, example: str) -> Rank
         system="You rank items for a recommender system: a user's earlier choices tell what they will choose next.",
         prefix="These are the user's choices, oldest first:\n{query}\n\n"
         f"These are {{num}} candidates for the next choice, each with a {noun} in brackets:\n",
-        suffix="\nPut all {num} candidates in order, the most likely next choice first. Name each by its "
+        suffix="Put all {num} candidates in order, the most likely next choice first. Name each by its "
         f"{noun} in brackets, exactly once, as in {example}, and write nothing else.",
         joiner="\n",
     )
@@ -164,9 +170,12 @@ def rank_template(name: str) -> RankTemplate:
     return RankTemplate.from_sections(name, sections)
 
 
-# One candidate alone: its score is the probability of "yes" against "no" (as monoT5 asks for true and false).
-POINTWISE_ITEM = "Will the user choose this next: {item}\n"
-POINTWISE_QUESTION = "Answer yes or no."
+# One candidate alone, behind the same history: scored by "yes" against "no", as monoT5 (arXiv 2003.06713) asks for true
+# and false.
+ONE_HISTORY = "These are the user's choices, oldest first:"
+ONE_CANDIDATE = "This is a candidate for the next choice:"
+ONE_QUESTION = "Will the user choose it next? Answer yes or no."
+YES, NO = "yes", "no"
 
 _POSING = re.compile(r"\[\s*(\d+|[A-Za-z])\s*\]")
 
@@ -174,7 +183,8 @@ _POSING = re.compile(r"\[\s*(\d+|[A-Za-z])\s*\]")
 def harmless(title: str) -> str:
     """A title as one line of data: [12] and [B] become (12) and (B), runs of blanks and line ends one blank.
 
-    Invisible characters go, so that they cannot hide an identifier. What looks like an instruction stays inside its candidate's line, behind the identifier.
+    Invisible characters go, so that they cannot hide an identifier. What looks like an instruction stays inside its
+    candidate's line, behind the identifier.
     """
     kinds = [(character, unicodedata.category(character)) for character in title]
     visible = "".join(" " if kind == "Cc" else character for character, kind in kinds if kind != "Cf")

@@ -1,0 +1,67 @@
+"""RankLLM, built from a retriever's candidates, a catalogue and a backbone."""
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from data.batches import Examples
+from data.candidate_rows import shuffled
+from data.candidate_store import CandidateStore, StoredPhase
+from data.draws import Draws
+from data.listwise_batches import ListedHistories, TrainingLists
+from data.listwise_prompts import ListwiseEncoder
+from data.listwise_templates import ONE_CANDIDATE, ONE_HISTORY, ONE_QUESTION, rank_template
+from data.prompts import title_texts
+from data.splits import Phase, Split
+from data.teacher_labels import TeacherLabels
+from models.backbone import load_backbone, load_tokenizer
+from models.pretrained import load_saved_tokenizer
+from models.rankllm import RankLLM, RankLLMConfig
+from models.tiny import vocabulary_text
+
+from .candidates import Retriever
+from .setting import Built, Setting
+
+
+def build_rankllm(setting: Setting) -> Built:
+    config: RankLLMConfig = setting.method
+    assert setting.backbone is not None
+    if config.retriever is None:
+        raise ValueError("rankllm ranks what another model retrieves: pass --method.retriever, the run folder of one")
+    retriever = Retriever(config.retriever, setting)
+    tokenizer = tokenizer_of(setting, config)
+    encoder = ListwiseEncoder.build(tokenizer, setting.catalog, config.prompts)
+    backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True)
+    model = RankLLM(config, backbone, encoder, setting.seed)
+
+    def training() -> Examples:
+        store = labels = None
+        if config.labels is not None:
+            labels = TeacherLabels.read(config.labels, setting.split, setting.catalog)
+        else:
+            store = retriever.candidates(setting.split, "train", config.shown)
+        writes = config.objective in ("generation", "combined")
+        return TrainingLists(setting.split, encoder, store, labels, config.shown, setting.seed, writes=writes)
+
+    def candidates(split: Split, phase: StoredPhase) -> CandidateStore:
+        found = retriever.candidates(split, phase, config.num_candidates)
+        return found.require_full("--method.num_candidates")
+
+    def evaluation(split: Split, phase: Phase) -> Examples:
+        return ListedHistories.of_phase(split, phase, encoder, candidates(split, phase).items)
+
+    def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
+        listed = shuffled(candidates, Draws.of(setting.seed, 0, np.arange(len(candidates))))  # the target comes first
+        return ListedHistories.of_phase(split, phase, encoder, listed)
+
+    return Built(model, training, evaluation, tokenizer, offering=offering, candidates=candidates)
+
+
+def tokenizer_of(setting: Setting, config: RankLLMConfig) -> PreTrainedTokenizerFast:
+    """The backbone's tokenizer; that of tiny learns the titles and the texts around them."""
+    assert setting.backbone is not None
+    if setting.saved is not None:
+        return load_saved_tokenizer(str(setting.saved / "tokenizer"))
+    titles, template = title_texts(setting.catalog), rank_template(config.prompts.template)
+    prompt = template.messages(template.joiner.join(titles[1:3]), titles[1 : 1 + config.shown])
+    texts = ["\n".join(prompt), ONE_HISTORY, ONE_CANDIDATE, ONE_QUESTION]
+    return load_tokenizer(setting.backbone, vocabulary_text(titles, setting.split.item_counts(), texts))

@@ -1,0 +1,283 @@
+"""RankLLM: a language model puts a list of candidates in order, in one look at all of them.
+
+Sources: Pradeep et al., "RankZephyr", arXiv 2312.02724; Reddy et al., "FIRST: Faster Improved Listwise Reranking with
+Single Token Decoding", arXiv 2406.15657; the software castorini/rank_llm.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batches import NO_LABEL
+from data.candidate_rows import shuffled
+from data.draws import Draws
+from data.listwise_batches import ListBatch, RankedBatch
+from data.listwise_prompts import ListwiseEncoder, ListwiseSettings
+from data.permutations import PARSERS, STATUSES, Status
+
+from . import losses
+from .backbone import Backbone
+from .base import Loss, Recommender
+from .candidate_scoring import continued, greedy_answers
+from .decoder import Decoder, decoder_of, run_prefix, scoring_decoder
+from .listwise_losses import first_choice, weighted_ranknet
+from .sliding_windows import best_first, slide, window_spans
+
+Mode = Literal["logits", "generate", "pointwise", "pairwise"]
+MODES: tuple[Mode, ...] = ("logits", "generate", "pointwise", "pairwise")
+Objective = Literal["listwise", "ranknet", "generation", "combined"]
+RANKNET_SHARE = 10.0  # of the combined objective, as published
+ANSWERS_BEFORE_JUDGING = 20  # failures say little of a model before so many answers
+
+
+@dataclass
+class RankLLMConfig:
+    """Whose candidates are ranked, how the model is asked, and what it learns."""
+
+    retriever: Path | None = None
+    """Run folder of the model whose best items are ranked."""
+    num_candidates: int = 20
+    """Items of the retriever that are ranked; the others stay behind them."""
+    window: int = 20
+    """Candidates in one prompt, at most; longer lists are ranked in windows, from the back to the front."""
+    stride: int = 10
+    """Places between two windows."""
+    mode: Mode = "logits"
+    """logits: one pass, ranked by the logits of the first identifier. generate: the model writes the permutation.
+    pointwise: yes or no for each candidate. pairwise: every candidate against every other, in both orders."""
+    permutations: int = 1
+    """Orders in which each list is shown, combined by the mean rank; the first is that of the retriever."""
+    parser: Literal["strict", "published"] = "strict"
+    """generate: strict leaves the order as it is where an answer is no permutation; published takes any digits for
+    one, only to compare."""
+    max_failures: float = 0.1
+    """generate: stop when more than this share of the answers is no permutation; 1 never stops."""
+    max_new_tokens: int | None = None
+    """generate: most tokens of an answer, as many as a permutation has when not given (a model that thinks first needs
+    more)."""
+    objective: Objective = "combined"
+    """What is trained. listwise: cross-entropy of the first identifier. ranknet: all pairs of identifiers. generation:
+    the text of the permutation. combined: generation + 10 ranknet, as published."""
+    labels: Path | None = None
+    """Learn a teacher's order from this file of launch/label.py, instead of the next item and the retriever's order."""
+    prompts: ListwiseSettings = field(default_factory=ListwiseSettings)
+    """How histories and candidates are written."""
+
+    def __post_init__(self) -> None:
+        window_spans(self.num_candidates, self.window, self.stride)
+        for name, least in (("num_candidates", 2), ("window", 2), ("permutations", 1), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--method.{name} {value}: expected at least {least}")
+        if not 0 <= self.max_failures <= 1:
+            raise ValueError(f"--method.max_failures {self.max_failures}: expected a share from 0 to 1")
+
+    @property
+    def shown(self) -> int:
+        """Candidates in a prompt."""
+        return min(self.window, self.num_candidates)
+
+
+class TooManyFailures(RuntimeError):
+    """A model writes too much that is no permutation."""
+
+
+class Judgement(NamedTuple):
+    """One look at the lists of a batch: higher is better, as listed; and how the answers were read."""
+
+    scores: Tensor  # [B, W] float32
+    statuses: list[Status]  # [B]
+
+
+class RankLLM(Recommender):
+    """Puts candidates in order; the order decides their scores, and all other items stand below them."""
+
+    def __init__(self, config: RankLLMConfig, backbone: Backbone, encoder: ListwiseEncoder, seed: int) -> None:
+        super().__init__()
+        self.config, self.backbone, self.encoder, self.seed = config, backbone, encoder, seed
+        self.num_items = len(encoder.titles) - 1
+        self.counts: Counter[str] = Counter()  # of users, windows, calls and statuses of answers
+        shown = 2 if config.mode == "pairwise" else config.shown
+        self.names = torch.tensor(encoder.single_names(shown)) if config.mode in ("logits", "pairwise") else None
+        if config.objective != "generation":
+            self.names = torch.tensor(encoder.single_names(config.shown))
+
+    def loss(self, batch: RankedBatch) -> Loss:  # type: ignore[override]
+        decoder = decoder_of(self.backbone)
+        # Pads stand on the right, where a causal model never sees them.
+        states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        objective = self.config.objective
+        parts: dict[str, Tensor] = {}
+        if objective in ("generation", "combined"):
+            parts["generation"] = written_loss(decoder, states, batch)
+        if objective in ("ranknet", "combined", "listwise"):
+            first = states[torch.arange(len(states), device=states.device), batch.opened]
+            logits = self.name_logits(decoder, first, batch.ranks.shape[1])
+            if objective == "listwise":
+                parts["listwise"] = first_choice(logits, batch.ranks).sum()
+            else:
+                parts["ranknet"] = weighted_ranknet(logits, batch.ranks).sum()
+        share = RANKNET_SHARE if objective == "combined" else 1.0
+        total = sum(part * (share if name == "ranknet" else 1.0) for name, part in parts.items())
+        assert isinstance(total, Tensor)
+        logged = {name: part.detach() for name, part in parts.items()} if objective == "combined" else {}
+        return Loss(total, batch.count, logged)
+
+    def name_logits(self, decoder: Decoder, states_BH: Tensor, count: int) -> Tensor:
+        """Return the logits of the first `count` identifiers, [B, count] float32, and no others."""
+        assert self.names is not None
+        rows_CH = decoder.weight[self.names[:count].to(states_BH.device)]
+        with torch.autocast(states_BH.device.type, enabled=False):  # bf16 would tie candidates
+            return states_BH.float() @ rows_CH.float().T
+
+    def scores(self, batch: ListBatch) -> Tensor:  # type: ignore[override]
+        found, _ = self.judged(batch)
+        scores = found.new_zeros(len(found), self.num_items + 1)
+        scores[:, 0] = -torch.inf
+        return scores.scatter(1, batch.candidates, found - found.amin(1, keepdim=True) + 1)
+
+    @torch.no_grad()
+    def judged(self, batch: ListBatch) -> tuple[Tensor, list[Status]]:
+        """Return the candidates' scores as listed, [B, K] float32, and how each row's answers were read.
+
+        A list of one window has what the model says of it; in a longer one places count, not scores: 1 for the last.
+        """
+        config = self.config
+        rows, width = batch.candidates.shape
+        spans = window_spans(width, config.window, config.stride)
+        self.counts.update(users=rows, windows=rows * len(spans))
+        judgements: list[Judgement] = []
+
+        def rank_window(items_BW: Tensor) -> Tensor:
+            judgements.append(self.judge(batch, items_BW))
+            return best_first(judgements[-1].scores)
+
+        order_BK = slide(batch.candidates, spans, rank_window)
+        statuses = [worst(found) for found in zip(*(judgement.statuses for judgement in judgements), strict=True)]
+        if len(judgements) == 1:
+            return judgements[0].scores, statuses
+        place_BK = (batch.candidates[:, :, None] == order_BK[:, None]).int().argmax(2)
+        return (width - place_BK).float(), statuses
+
+    @torch.no_grad()
+    def judge(self, batch: ListBatch, items_BW: Tensor) -> Judgement:
+        """Rank one window of each row, in as many orders as the settings ask for.
+
+        One order keeps what the model says (logits in the mode logits); several give minus the mean rank.
+        """
+        history, items = _histories(batch), items_BW.cpu().numpy()
+        looks = []
+        for shown_BW in orders(items.shape, self.config.permutations, self.seed, batch.row.cpu().numpy()):
+            scores, statuses = self.look(history, np.take_along_axis(items, shown_BW, axis=1))
+            back = torch.from_numpy(np.argsort(shown_BW, axis=1)).to(scores.device)
+            looks.append(Judgement(scores.gather(1, back), statuses))
+            self.counts.update(statuses)
+        self._stop_on_failures()
+        if len(looks) == 1:
+            return Judgement(looks[0].scores.to(items_BW.device), looks[0].statuses)
+        ranks = torch.stack([best_first(look.scores).argsort(1).float() for look in looks])
+        statuses = [worst(found) for found in zip(*(look.statuses for look in looks), strict=True)]
+        return Judgement(-ranks.mean(0).to(items_BW.device), statuses)
+
+    def look(self, history: list[np.ndarray], items_BW: np.ndarray) -> Judgement:
+        """Ask the model once about lists as they are shown."""
+        decoder = scoring_decoder(self.backbone)
+        if self.config.mode == "generate":
+            return self._written(decoder, history, items_BW)
+        ask = {"logits": self._logits, "pointwise": self._verdicts, "pairwise": self._duels}[self.config.mode]
+        return Judgement(ask(decoder, history, items_BW), ["ok"] * len(items_BW))
+
+    def _logits(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Tensor:
+        prompts = [self.encoder.prompt(*row, 1) + self.encoder.open for row in zip(history, items_BW, strict=True)]
+        prefix = run_prefix(decoder, *left_padded(prompts, decoder.body.device), use_cache=False)
+        self.counts["calls"] += len(prompts)
+        return self.name_logits(decoder, prefix.last_state, items_BW.shape[1])
+
+    def _written(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Judgement:
+        """Scores by what the parser reads out of greedy answers."""
+        width, encoder = items_BW.shape[1], self.encoder
+        length = self.config.max_new_tokens or len(encoder.answer(range(width)))
+        prompts = [encoder.prompt(*row, length) for row in zip(history, items_BW, strict=True)]
+        self.counts["calls"] += len(prompts)
+        end = encoder.end[0] if encoder.end else -1
+        answers = greedy_answers(decoder, *left_padded(prompts, decoder.body.device), end, length)
+        texts = encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        parsed = [PARSERS[self.config.parser](text, width, encoder.template.identifiers) for text in texts]
+        order_BW = torch.tensor([answer.order for answer in parsed])
+        return Judgement(-order_BW.argsort(1).float(), [answer.status for answer in parsed])
+
+    def _verdicts(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Tensor:
+        """The log-odds of yes for each candidate alone; all of them continue one pass over the history."""
+        prompts = [self.encoder.one_prompt(row) for row in history]
+        endings = [self.encoder.one_ending(item) for item in items_BW.flatten()]
+        device, length = decoder.body.device, torch.tensor([len(ending) for ending in endings])
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ending) for ending in endings], batch_first=True)
+        prefix = run_prefix(decoder, *left_padded(prompts, device))
+        states = continued(decoder, prefix, tokens.to(device), items_BW.shape[1])
+        last = states[torch.arange(len(states), device=device), length.to(device) - 1]
+        self.counts["calls"] += len(endings)
+        verdicts = torch.tensor(self.encoder.verdicts(), device=device)
+        with torch.autocast(device.type, enabled=False):
+            yes, no = (last.float() @ decoder.weight[verdicts].float().T).T
+        return (yes - no).view(items_BW.shape)
+
+    def _duels(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Tensor:
+        """How many others a candidate beats, by the model's probabilities: each pair is shown in both orders."""
+        width = items_BW.shape[1]
+        wins = torch.zeros(items_BW.shape, device=decoder.body.device)
+        for first in range(width):
+            for second in range(width):
+                if first != second:
+                    z = self._logits(decoder, history, items_BW[:, [first, second]])
+                    share = torch.sigmoid(z[:, 0] - z[:, 1]) / 2
+                    wins[:, first] += share
+                    wins[:, second] += 0.5 - share
+        return wins
+
+    def _stop_on_failures(self) -> None:
+        answers = sum(self.counts[status] for status in STATUSES)
+        failed = answers - self.counts["ok"]
+        if answers >= ANSWERS_BEFORE_JUDGING and failed > self.config.max_failures * answers:
+            faults = ", ".join(f"{self.counts[status]} {status}" for status in STATUSES[1:])
+            raise TooManyFailures(
+                f"{failed} of {answers} answers are no permutation of their candidates ({faults}), more than "
+                f"--method.max_failures {self.config.max_failures}: raise it (1 never stops), pass --method.mode "
+                "logits, which cannot fail, or train the model to write permutations"
+            )
+
+
+def written_loss(decoder: Decoder, states_BLH: Tensor, batch: RankedBatch) -> Tensor:
+    """The sum over prompts of the mean cross-entropy of an answer's tokens, as many in each."""
+    labelled = batch.labels != NO_LABEL
+    total = losses.full_cross_entropy(states_BLH[labelled], decoder.weight, batch.labels[labelled])
+    return total / labelled.sum(1).max().clamp(min=1)
+
+
+def worst(statuses: Sequence[Status]) -> Status:
+    """The first fault among the answers about one row."""
+    return next((status for status in statuses if status != "ok"), "ok")
+
+
+def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask, [B, P] int64, pads on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids.to(device), mask.to(device)
+
+
+def orders(shape: tuple[int, ...], number: int, seed: int, rows: np.ndarray) -> list[np.ndarray]:
+    """`number` orders of the places of lists [B, W]: as they are, then random ones that belong to a row."""
+    as_it_is = np.tile(np.arange(shape[1]), (shape[0], 1))
+    return [as_it_is] + [shuffled(as_it_is, Draws.of(seed, order, rows)) for order in range(1, number)]
+
+
+def _histories(batch: ListBatch) -> list[np.ndarray]:
+    items, lengths = batch.history.items.cpu().numpy(), batch.history.lengths.tolist()
+    return [row[:length] for row, length in zip(items, lengths, strict=True)]
