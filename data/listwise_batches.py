@@ -45,7 +45,7 @@ class ListBatch:
 
     history: SequenceBatch
     candidates: Tensor  # [B, K] int64, the retriever's best first
-    row: Tensor  # [B] int64: index into split.targets(phase), or into the rows that labels are asked for
+    row: Tensor  # [B] int64: index into split.targets(phase)
     count: int = 0
 
     def to(self, device: torch.device) -> "ListBatch":
@@ -120,21 +120,15 @@ class TrainingLists:
 
 
 class ListedHistories:
-    """Histories of a phase, or of any rows, each with candidates [n, K]; the model writes the prompts itself.
+    """The histories of a phase, each with candidates [n, K]; the model writes the prompts itself.
 
     It must, since what a window holds depends on the windows before it.
     """
 
-    def __init__(self, split: Split, rows: Rows, encoder: ListwiseEncoder, candidates: np.ndarray) -> None:
-        self.split, self.rows, self.candidates = split, rows, candidates.astype(np.int64)
-        self.lengths = prompt_lengths(split, rows, encoder, self.candidates)
-
-    @classmethod
-    def of_phase(
-        cls, split: Split, phase: Phase, encoder: ListwiseEncoder, candidates: np.ndarray
-    ) -> "ListedHistories":
-        """The histories before the targets of a phase."""
-        return cls(split, evaluation_rows(split, encoder.settings.history(), phase), encoder, candidates)
+    def __init__(self, split: Split, phase: Phase, encoder: ListwiseEncoder, candidates: np.ndarray) -> None:
+        self.split, self.candidates = split, candidates.astype(np.int64)
+        self.rows = evaluation_rows(split, encoder.settings.history(), phase)
+        self.lengths = prompt_lengths(split, self.rows, encoder, self.candidates)
 
     def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> ListBatch:
         rows = self.rows.take(indices)

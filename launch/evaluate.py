@@ -20,9 +20,11 @@ from evaluation.evaluator import Evaluator, evaluate_popularity
 from evaluation.results import Evaluation, over_draws, write_ranks
 from launch import show
 from launch.loading import load_run, read_data_of
+from launch.measuring import rank
 from launch.parser import SettingsParser
 from launch.setting import CannotRank
 from launch.written import mean_over_draws, score_written
+from models.rankllm import TooManyFailures
 from trainers.runtime import Runtime, leave
 
 
@@ -71,10 +73,10 @@ def main(argv: list[str]) -> int:
         for seed, evaluator in zip(seeds, evaluators, strict=True):
             try:
                 examples = run.built.evaluation_among(parts, config.phase, evaluator.candidates)
-            except CannotRank as error:
+                batches = EvaluationLoader(examples, batch_size, runtime.share, runtime.device)
+                measured.append(rank(run.built, evaluator, model, runtime.watchdog.each(batches)))
+            except (CannotRank, TooManyFailures) as error:
                 sys.exit(f"error: --run {config.run}: {error}")
-            batches = EvaluationLoader(examples, batch_size, runtime.share, runtime.device)
-            measured.append(evaluator.run(model, runtime.watchdog.each(batches)))
             if writes:
                 each, targets = runtime.watchdog.each(batches), parts.target_items(config.phase)
                 written.append(score_written(run.built, model.eval(), each, targets))

@@ -1,7 +1,7 @@
 """The end of a run: its best weights measured on validation and test, beside popularity, and written down."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,15 @@ def evaluate(
     """Rank every target of a phase."""
     evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol))
     runtime.watchdog.arrive(f"the evaluation on {phase} targets")
-    return evaluator.run(model, evaluation_batches(config, built, parts, phase, runtime, evaluator.candidates))
+    return rank(built, evaluator, model, evaluation_batches(config, built, parts, phase, runtime, evaluator.candidates))
+
+
+def rank(built: Built, evaluator: Evaluator, model: nn.Module, batches: Iterable[Any]) -> Evaluation:
+    """Rank with a method, whose own figures of the scoring go into the header."""
+    evaluation = evaluator.run(model, batches)
+    if built.scoring_figures is not None:
+        evaluation.header["scoring"] = built.scoring_figures()
+    return evaluation
 
 
 def selection_protocol(config: RunConfig, built: Built) -> Protocol:

@@ -1,6 +1,10 @@
 """RankLLM, built from a retriever's candidates, a catalogue and a backbone."""
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerFast
 
 from data.batches import Examples
@@ -10,6 +14,7 @@ from data.draws import Draws
 from data.listwise_batches import ListedHistories, TrainingLists
 from data.listwise_prompts import ListwiseEncoder
 from data.listwise_templates import ONE_CANDIDATE, ONE_HISTORY, ONE_QUESTION, rank_template
+from data.permutations import STATUSES
 from data.prompts import title_texts
 from data.splits import Phase, Split
 from data.teacher_labels import TeacherLabels
@@ -19,7 +24,7 @@ from models.rankllm import RankLLM, RankLLMConfig
 from models.tiny import vocabulary_text
 
 from .candidates import Retriever
-from .setting import Built, Setting
+from .setting import Built, Reranking, Setting
 
 
 def build_rankllm(setting: Setting) -> Built:
@@ -46,14 +51,31 @@ def build_rankllm(setting: Setting) -> Built:
         found = retriever.candidates(split, phase, config.num_candidates)
         return found.require_full("--method.num_candidates")
 
+    def listing(split: Split, phase: Phase, store: CandidateStore) -> Examples:
+        return ListedHistories(split, phase, encoder, store.items)
+
     def evaluation(split: Split, phase: Phase) -> Examples:
-        return ListedHistories.of_phase(split, phase, encoder, candidates(split, phase).items)
+        return listing(split, phase, candidates(split, phase))
 
     def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
         listed = shuffled(candidates, Draws.of(setting.seed, 0, np.arange(len(candidates))))  # the target comes first
-        return ListedHistories.of_phase(split, phase, encoder, listed)
+        return ListedHistories(split, phase, encoder, listed)
 
-    return Built(model, training, evaluation, tokenizer, offering=offering, candidates=candidates)
+    def figures() -> dict[str, Any]:
+        counts: Counter[str] = sum(gather_object([model.take_counts()]), Counter())
+        users = max(counts["users"], 1)
+        per_user = {f"{name}_per_user": counts[name] / users for name in ("windows", "calls")}
+        return per_user | {"answers": {status: counts[status] for status in STATUSES if counts[status]}}
+
+    return Built(
+        model,
+        training,
+        evaluation,
+        tokenizer,
+        offering=offering,
+        reranking=Reranking(candidates, listing, encoder.digest),
+        scoring_figures=figures,
+    )
 
 
 def tokenizer_of(setting: Setting, config: RankLLMConfig) -> PreTrainedTokenizerFast:

@@ -34,6 +34,15 @@ class Setting:
     saved: Path | None = None  # model folder of a finished run, when the model is built to be loaded
 
 
+@dataclass(frozen=True)
+class Reranking:
+    """The two stages of a method that ranks what an earlier run retrieves."""
+
+    candidates: Callable[[Split, StoredPhase], CandidateStore]  # of each row of a phase; collective
+    listing: Callable[[Split, Phase, CandidateStore], Examples]  # examples that list these candidates in their order
+    prompt: str  # a hash of all that prompts are made of, beside histories and candidates
+
+
 class CannotRank(ValueError):
     """A model was asked to rank the whole catalogue, and only ranks candidates, or nothing."""
 
@@ -60,8 +69,10 @@ class Built:
     held_out: Callable[[], Examples] | None = None
     # What a full ranking means beside its metrics, for results.json: figures of a method of two stages.
     summary: Callable[[Split, Evaluation], dict[str, Any]] | None = None
-    # What an earlier run retrieved for each row of a phase: a reranker's candidates.
-    candidates: Callable[[Split, StoredPhase], CandidateStore] | None = None
+    reranking: Reranking | None = None  # what a method is made of that ranks an earlier run's candidates
+
+    # Figures of all scoring since they were last asked for, over all processes: for the header of results. Collective.
+    scoring_figures: Callable[[], dict[str, Any]] | None = None
 
     def evaluation_among(self, split: Split, phase: Phase, candidates: np.ndarray | None) -> Examples:
         """Return the examples that rank a phase's targets, among an evaluator's candidates or in the whole catalogue.

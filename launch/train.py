@@ -28,6 +28,7 @@ from launch.out_of_memory import explain, is_out_of_memory
 from launch.run_folder import RunFolder
 from launch.show import show_results
 from models.backbone import describe
+from models.rankllm import TooManyFailures
 from trainers.checkpoint import (
     CannotSave,
     Checkpoints,
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     except NonFiniteLoss as error:
         logger.error("%s", error)
         return 1
-    except (CannotSave, CorruptCheckpoint, NotEnoughItems) as error:
+    except (CannotSave, CorruptCheckpoint, NotEnoughItems, TooManyFailures) as error:
         sys.exit(f"error: {error}")
     return 0
 

@@ -96,7 +96,7 @@ class Judgement(NamedTuple):
 
 
 class RankLLM(Recommender):
-    """Puts candidates in order; the order decides their scores, and all other items stand below them."""
+    """Puts candidates in order; the order decides their scores, and all other items tie below them."""
 
     def __init__(self, config: RankLLMConfig, backbone: Backbone, encoder: ListwiseEncoder, seed: int) -> None:
         super().__init__()
@@ -138,9 +138,8 @@ class RankLLM(Recommender):
 
     def scores(self, batch: ListBatch) -> Tensor:  # type: ignore[override]
         found, _ = self.judged(batch)
-        scores = found.new_zeros(len(found), self.num_items + 1)
-        scores[:, 0] = -torch.inf
-        return scores.scatter(1, batch.candidates, found - found.amin(1, keepdim=True) + 1)
+        scores = found.new_full((len(found), self.num_items + 1), -torch.inf)
+        return scores.scatter(1, batch.candidates, found)
 
     @torch.no_grad()
     def judged(self, batch: ListBatch) -> tuple[Tensor, list[Status]]:
@@ -239,6 +238,11 @@ class RankLLM(Recommender):
                     wins[:, first] += share
                     wins[:, second] += 0.5 - share
         return wins
+
+    def take_counts(self) -> Counter[str]:
+        """Return what this process has counted since the last time, and begin anew."""
+        counts, self.counts = self.counts, Counter()
+        return counts
 
     def _stop_on_failures(self) -> None:
         answers = sum(self.counts[status] for status in STATUSES)
