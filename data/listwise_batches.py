@@ -80,6 +80,11 @@ class TrainingLists:
         if labels is not None:
             judged = labels.among(rows.user, rows.position)
             self.rows, self.candidates = rows.take(judged.row), judged.candidates
+            if (judged_candidates := self.candidates.shape[1]) > num_candidates:
+                raise ValueError(
+                    f"--method.labels judges lists of {judged_candidates} candidates, and a prompt shows "
+                    f"{num_candidates}: pass --method.window {judged_candidates}, and as many --method.num_candidates"
+                )
         else:
             assert store is not None
             self.rows = rows

@@ -3,9 +3,10 @@
 import hashlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from data.candidate_store import CandidateStore, StoredPhase, TrainingWindows, a
 from data.splits import Phase, Split
 from evaluation.protocols import Mask, seen_pairs
 from evaluation.ranks import PADDING_ITEM, top_items
+from evaluation.results import Evaluation
+from evaluation.two_stages import two_stage_figures
 from models.sequence_recommender import SequenceRecommender
 
 from .earlier_runs import Asking, require_run
@@ -143,6 +146,38 @@ class Retriever:
             for start in range(0, len(cuts), at_once):
                 scores = query[start : start + at_once] @ table.float().T
                 yield _top(scores, asked, "test", cuts[start : start + at_once], k)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The first stage as the second one sees it: k candidates, asked for once a run; `flag` is the name of k."""
+
+    retriever: Retriever
+    k: int
+    flag: str
+    split: Split
+    known: dict[StoredPhase, CandidateStore] = field(default_factory=dict)
+
+    def candidates(self, split: Split, phase: StoredPhase) -> CandidateStore:
+        """The candidates of a phase, the same on every process. Collective."""
+        if split is not self.split:
+            return self.retriever.candidates(split, phase, self.k).require_full(self.flag)
+        if phase not in self.known:
+            self.known[phase] = self.retriever.candidates(split, phase, self.k).require_full(self.flag)
+        return self.known[phase]
+
+    def report_ceiling(self) -> None:
+        """Log what no ranking of the candidates can exceed."""
+        valid, test = (
+            self.candidates(self.split, phase).recall(self.split.target_items(phase)) for phase in ("valid", "test")
+        )
+        folder = self.retriever.run.folder
+        logger.info("%s finds %.4f of validation and %.4f of test targets in its top %d", folder, valid, test, self.k)
+
+    def figures(self, split: Split, evaluation: Evaluation) -> dict[str, Any]:
+        """What an evaluation of reranked candidates means, for results.json."""
+        places = self.candidates(split, evaluation.header["phase"]).places(evaluation.ranks.target)
+        return {"candidates": self.k, **two_stage_figures(evaluation, places, self.k)}
 
 
 def _top(scores_TN: Tensor, split: Split, phase: Phase, rows: np.ndarray, k: int) -> Top:

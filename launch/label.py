@@ -55,9 +55,7 @@ class LabelConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1")
         if self.phase == "valid" and (self.cuts is not None or self.add_target):
-            raise ValueError(
-                "--cuts and --add_target are for --phase train: a held-out item is never handed to a teacher"
-            )
+            raise ValueError("--cuts and --add_target go with --phase train: no teacher is handed a held-out item")
 
 
 class Lists(NamedTuple):

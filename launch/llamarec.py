@@ -1,7 +1,8 @@
 """LlamaRec, built from a backbone and the candidates of an earlier run."""
 
+import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,16 @@ from transformers import PreTrainedTokenizerFast
 
 from data.batches import Examples
 from data.candidate_rows import shuffled
-from data.candidate_store import CandidateStore, StoredPhase
+from data.candidate_store import CandidateStore
 from data.draws import Draws
 from data.identifiers import LETTERS, Identifiers, NotOneToken, encoded_alone, resolve
 from data.prompts import title_texts
 from data.ranking_batches import EvaluationRankings, TrainingRankings
-from data.ranking_prompts import cleaned_movie_title, ranking_prompt, shown_titles
+from data.ranking_prompts import RankingSettings, cleaned_movie_title, ranking_prompt, shown_titles
 from data.ranking_tokens import RankingEncoder
 from data.splits import Phase, Split
 from data.title_tokens import TokenTable, encode
 from evaluation.results import Evaluation
-from evaluation.two_stages import two_stage_figures
 from models.backbone import Backbone, load_backbone, load_tokenizer
 from models.item_embeddings import mean_token_embeddings
 from models.llamarec import LlamaRec, LlamaRecConfig
@@ -29,30 +29,12 @@ from models.pretrained import load_saved_tokenizer
 from models.sequence_recommender import SequenceRecommender
 from models.tiny import vocabulary_text
 
-from .candidates import Retriever
-from .setting import Built, CannotRank, Setting
+from .candidates import Retriever, Stage
+from .setting import Built, CannotRank, Reranking, Setting
 
 logger = logging.getLogger("shardrec")
 
 COUNT_FLAG = "--method.prompts.num_candidates"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The first stage as the second one sees it; candidates of a data set are asked for once a run."""
-
-    retriever: Retriever
-    k: int
-    known: dict[StoredPhase, CandidateStore]
-    split: Split
-
-    def candidates(self, split: Split, phase: StoredPhase) -> CandidateStore:
-        """The candidates of a phase, the same on every process. Collective."""
-        if split is not self.split:
-            return self.retriever.candidates(split, phase, self.k).require_full(COUNT_FLAG)
-        if phase not in self.known:
-            self.known[phase] = self.retriever.candidates(split, phase, self.k).require_full(COUNT_FLAG)
-        return self.known[phase]
 
 
 def build_llamarec(setting: Setting) -> Built:
@@ -61,9 +43,9 @@ def build_llamarec(setting: Setting) -> Built:
     if config.retriever is None:
         raise ValueError("llamarec ranks the candidates of another run: pass --method.retriever, its folder")
     prompts, split = config.prompts, setting.split
-    stage = Stage(Retriever(config.retriever, setting), prompts.num_candidates, {}, split)
+    stage = Stage(Retriever(config.retriever, setting), prompts.num_candidates, COUNT_FLAG, split)
     if setting.saved is None:
-        report_ceiling(stage)
+        stage.report_ceiling()
     tokenizer = tokenizer_of(setting, config)
     if config.objective == "published" and tokenizer.eos_token_id is None:
         raise ValueError("--method.objective published ends answers with EOS, which this tokenizer has not")
@@ -82,8 +64,11 @@ def build_llamarec(setting: Setting) -> Built:
         answers = letters if config.objective == "published" else None
         return TrainingRankings(split, encoder, prompts, setting.seed, cuts=config.cuts, hard=hard, answer_ids=answers)
 
+    def listing(split: Split, phase: Phase, store: CandidateStore) -> Examples:
+        return evaluated(split, phase, store=store, permutations=config.permutations)
+
     def evaluation(split: Split, phase: Phase) -> Examples:
-        return evaluated(split, phase, store=stage.candidates(split, phase), permutations=config.permutations)
+        return listing(split, phase, stage.candidates(split, phase))
 
     def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
         if identifiers is not None and candidates.shape[1] > len(identifiers):
@@ -96,9 +81,7 @@ def build_llamarec(setting: Setting) -> Built:
         return evaluated(split, phase, store=CandidateStore(shown, np.zeros(shown.shape, np.float32)), scored=False)
 
     def summary(split: Split, evaluation: Evaluation) -> dict[str, Any]:
-        places = stage.candidates(split, evaluation.header["phase"]).places(evaluation.ranks.target)
-        weight = float(model.llm_weight)
-        return {"candidates": stage.k, "llm_weight": weight, **two_stage_figures(evaluation, places, stage.k)}
+        return {"llm_weight": float(model.llm_weight), **stage.figures(split, evaluation)}
 
     fits = config.llm_weight is None
     return Built(
@@ -109,16 +92,15 @@ def build_llamarec(setting: Setting) -> Built:
         model.choose_weight if fits else None,
         offering=offering,
         summary=summary,
+        reranking=Reranking(stage.candidates, listing, digest_of(prompts, titles, identifiers)),
     )
 
 
-def report_ceiling(stage: Stage) -> None:
-    """Log what no ranking of the candidates can exceed."""
-    valid, test = (
-        stage.candidates(stage.split, phase).recall(stage.split.target_items(phase)) for phase in ("valid", "test")
-    )
-    folder = stage.retriever.run.folder
-    logger.info("%s finds %.4f of validation and %.4f of test targets in its top %d", folder, valid, test, stage.k)
+def digest_of(prompts: RankingSettings, titles: list[str], identifiers: Identifiers | None) -> str:
+    """A hash of all that prompts are made of, beside histories and candidates."""
+    offered = None if identifiers is None else list(zip(identifiers.labels, titles[1:], strict=False))
+    parts = (ranking_prompt(titles[1:3], offered), asdict(prompts), titles)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def tokenizer_of(setting: Setting, config: LlamaRecConfig) -> PreTrainedTokenizerFast:

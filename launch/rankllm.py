@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.batches import Examples
 from data.candidate_rows import shuffled
-from data.candidate_store import CandidateStore, StoredPhase
+from data.candidate_store import CandidateStore
 from data.draws import Draws
 from data.listwise_batches import ListedHistories, TrainingLists
 from data.listwise_prompts import ListwiseEncoder
@@ -23,7 +23,7 @@ from models.pretrained import load_saved_tokenizer
 from models.rankllm import RankLLM, RankLLMConfig
 from models.tiny import vocabulary_text
 
-from .candidates import Retriever
+from .candidates import Retriever, Stage
 from .setting import Built, Reranking, Setting
 
 
@@ -32,7 +32,10 @@ def build_rankllm(setting: Setting) -> Built:
     assert setting.backbone is not None
     if config.retriever is None:
         raise ValueError("rankllm ranks what another model retrieves: pass --method.retriever, the run folder of one")
-    retriever = Retriever(config.retriever, setting)
+    flag = "--method.num_candidates"
+    stage = Stage(Retriever(config.retriever, setting), config.num_candidates, flag, setting.split)
+    if setting.saved is None:
+        stage.report_ceiling()
     tokenizer = tokenizer_of(setting, config)
     encoder = ListwiseEncoder.build(tokenizer, setting.catalog, config.prompts)
     backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True)
@@ -43,19 +46,15 @@ def build_rankllm(setting: Setting) -> Built:
         if config.labels is not None:
             labels = TeacherLabels.read(config.labels, setting.split, setting.catalog)
         else:
-            store = retriever.candidates(setting.split, "train", config.shown)
+            store = stage.retriever.candidates(setting.split, "train", config.shown)
         writes = config.objective in ("generation", "combined")
         return TrainingLists(setting.split, encoder, store, labels, config.shown, setting.seed, writes=writes)
-
-    def candidates(split: Split, phase: StoredPhase) -> CandidateStore:
-        found = retriever.candidates(split, phase, config.num_candidates)
-        return found.require_full("--method.num_candidates")
 
     def listing(split: Split, phase: Phase, store: CandidateStore) -> Examples:
         return ListedHistories(split, phase, encoder, store.items)
 
     def evaluation(split: Split, phase: Phase) -> Examples:
-        return listing(split, phase, candidates(split, phase))
+        return listing(split, phase, stage.candidates(split, phase))
 
     def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
         listed = shuffled(candidates, Draws.of(setting.seed, 0, np.arange(len(candidates))))  # the target comes first
@@ -73,7 +72,8 @@ def build_rankllm(setting: Setting) -> Built:
         evaluation,
         tokenizer,
         offering=offering,
-        reranking=Reranking(candidates, listing, encoder.digest),
+        summary=stage.figures,
+        reranking=Reranking(stage.candidates, listing, encoder.digest),
         scoring_figures=figures,
     )
 

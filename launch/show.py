@@ -76,10 +76,9 @@ def figures(title: str, model: str, measured: dict[str, Any], popularity: dict[s
 
 def stages(summary: dict[str, Any], measured: dict[str, Any]) -> Table:
     """Return a table of a ranking of candidates beside the retriever's own, for all users and for those it can help."""
-    title = (
-        f"retrieved: {summary['recall']:.4f} of the targets are among {summary['candidates']} candidates; "
-        f"weight of the language model {summary['llm_weight']:.2f}"
-    )
+    title = f"retrieved: {summary['recall']:.4f} of the targets are among {summary['candidates']} candidates"
+    if "llm_weight" in summary:
+        title += f"; weight of the language model {summary['llm_weight']:.2f}"
     found = f"{summary['users_found']:,} users with their target among them"
     table = _table(title, "retriever, all", "ranked, all", f"retriever, {found}", "ranked, the same")
     for metric in _shown(summary["subset"]):

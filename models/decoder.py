@@ -91,6 +91,12 @@ def run_prefix(decoder: Decoder, prompts: Tensor, attention_mask: Tensor, use_ca
     return Prefix(attention_mask, attention_mask.sum(1), output.last_hidden_state[:, -1], output.past_key_values)
 
 
+def product(states_BH: Tensor, rows_KH: Tensor) -> Tensor:
+    """The logits of a few rows of a head, [B, K] float32 also under autocast, whose bf16 would tie them."""
+    with torch.autocast(states_BH.device.type, enabled=False):
+        return states_BH.float() @ rows_KH.float().T
+
+
 def last_token_embeddings(
     model: Backbone, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64
 ) -> Tensor:

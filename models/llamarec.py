@@ -21,7 +21,7 @@ from data.ranking_prompts import RankingSettings
 from . import losses
 from .backbone import Backbone, causal_model
 from .base import Loss, Recommender
-from .decoder import Decoder, decoder_of, run_prefix, scoring_decoder
+from .decoder import Decoder, decoder_of, product, run_prefix, scoring_decoder
 from .item_embeddings import put_vectors
 
 WEIGHTS_TRIED = 21  # of the language model, 0 to 1
@@ -229,12 +229,6 @@ class ItemHead(nn.Module):
         """Return [B, K] float32, a column a candidate."""
         query_BD = F.normalize(self.projection(states_BH).float(), dim=1) * self.log_scale.exp()
         return (query_BD[:, None] * self.table[candidates]).sum(-1).float()
-
-
-def product(states_BH: Tensor, rows_KH: Tensor) -> Tensor:
-    """Return [B, K] float32."""
-    with torch.autocast(states_BH.device.type, enabled=False):
-        return states_BH.float() @ rows_KH.float().T
 
 
 def like_rows_of(weight_VH: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from . import losses
 from .backbone import Backbone
 from .base import Loss, Recommender
 from .candidate_scoring import continued, greedy_answers
-from .decoder import Decoder, decoder_of, run_prefix, scoring_decoder
+from .decoder import Decoder, decoder_of, product, run_prefix, scoring_decoder
 from .listwise_losses import first_choice, weighted_ranknet
 from .sliding_windows import best_first, slide, window_spans
 
@@ -132,9 +132,7 @@ class RankLLM(Recommender):
     def name_logits(self, decoder: Decoder, states_BH: Tensor, count: int) -> Tensor:
         """Return the logits of the first `count` identifiers, [B, count] float32, and no others."""
         assert self.names is not None
-        rows_CH = decoder.weight[self.names[:count].to(states_BH.device)]
-        with torch.autocast(states_BH.device.type, enabled=False):  # bf16 would tie candidates
-            return states_BH.float() @ rows_CH.float().T
+        return product(states_BH, decoder.weight[self.names[:count].to(states_BH.device)])
 
     def scores(self, batch: ListBatch) -> Tensor:  # type: ignore[override]
         found, _ = self.judged(batch)
@@ -222,8 +220,7 @@ class RankLLM(Recommender):
         last = states[torch.arange(len(states), device=device), length.to(device) - 1]
         self.counts["calls"] += len(endings)
         verdicts = torch.tensor(self.encoder.verdicts(), device=device)
-        with torch.autocast(device.type, enabled=False):
-            yes, no = (last.float() @ decoder.weight[verdicts].float().T).T
+        yes, no = product(last, decoder.weight[verdicts]).T
         return (yes - no).view(items_BW.shape)
 
     def _duels(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Tensor:

@@ -60,7 +60,6 @@ def test_labels_come_back_as_items_in_the_teachers_order(tmp_path: Path, data) -
 
 
 def test_a_torn_line_is_left_out_and_written_again(tmp_path: Path, data) -> None:
-    _, parts = data
     file, labels, source = tmp_path / "labels.jsonl", some_labels(*data), source_for(data[1])
     append(file, labels[:5], source)
     whole = file.read_bytes()
