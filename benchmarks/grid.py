@@ -58,6 +58,7 @@ DENSE = (
     "--method.log_q true --method.refresh_epochs 0.3 --train.micro_batch_size 16 --backbone.lora_dropout 0"
 ).split()
 TWO_ENCODERS = "--method.two_encoders true --method.learn_temperature true --method.learn_ids true".split()
+RANKLLM = [*("--model", "rankllm"), *TINY, *"--method.num_candidates 6 --method.window 4 --method.stride 2".split()]
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],
     "sasrec bf16": [*SASREC, "--train.precision=bf16"],
@@ -89,6 +90,7 @@ ROWS = {
         *(*ILORA, "--train.precision=bf16"),
         *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
     ],
+    "rankllm float32": [*RANKLLM, "--method.prompts.history_length=4", "--train.precision=fp32"],
 }
 
 
@@ -146,7 +148,7 @@ def settings(row: str, inputs: Path) -> list[str]:
     flags = [f"--backbone.name={inputs / 'backbone'}"] if "LoRA" in row else []
     if row.startswith(("llara", "ilora")):
         flags.append(f"--method.sasrec={inputs / 'sasrec'}")
-    if row.startswith("llamarec"):
+    if row.startswith(("llamarec", "rankllm")):
         flags += [f"--method.retriever={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
     return [*COMMON, *ROWS[row], *flags]
 

@@ -34,6 +34,7 @@ CELLS = [
     ("llamarec LoRA 4-bit, vectors, checkpointing", "zero3"),
     ("ilora MoE-LoRA float32", "ddp"),
     ("ilora MoE-LoRA 4-bit, checkpointing", "zero2"),
+    ("rankllm float32", "zero3"),
 ]
 STEPS = 8
 SHORT = ["--train.log_every_steps=1", "--train.save_every_steps=4", "--train.schedule=constant"]
