@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import NO_LABEL, SequenceBatch, on_device, sequences_of
+from .batches import SequenceBatch, on_device, sequences_of
 from .candidate_rows import shuffled
 from .candidate_store import CandidateStore, cut_rows
 from .draws import Draws
@@ -19,13 +19,17 @@ from .title_tokens import ranges
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """Ranking prompts for training, padded on the right: each goes on to the "[" of its answer, or to its end."""
+    """Ranking prompts for training, padded on the right: each goes on to the "[" of its answer, or to its end.
+
+    Slots are indices into `input_ids.flatten()`.
+    """
 
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor  # [B, L] int64
-    opened: Tensor  # [B] int64: the place of the answer's "[", whose logits name the first candidate
+    opened: Tensor  # [B] int64: slots of the answers' "[", whose logits name the first candidate
     ranks: Tensor  # [B, C] int64: the wanted rank of each candidate as listed, 1 for the best
-    labels: Tensor  # [B, L] int64: the next token of the answer, NO_LABEL elsewhere
+    labelled: Tensor  # [T] int64: slots whose next token is one of the answer, as many in each row
+    targets: Tensor  # [T] int64: those tokens
     count: int  # prompts
     row: None = None
 
@@ -35,8 +39,8 @@ class RankedBatch:
 
     def muted(self) -> "RankedBatch":
         """Return the same batch without wanted ranks: it keeps a process in step and adds nothing to the loss."""
-        nothing, no_labels = torch.zeros_like(self.ranks), torch.full_like(self.labels, NO_LABEL)
-        return replace(self, ranks=nothing, labels=no_labels, count=0)
+        nothing = torch.zeros_like(self.ranks)
+        return replace(self, ranks=nothing, labelled=self.labelled[:0], targets=self.targets[:0], count=0)
 
 
 @dataclass(frozen=True)
@@ -106,20 +110,20 @@ class TrainingLists:
             history = self.split.history(int(rows.user[i]), int(rows.position[i]))[rows.start[i] :]
             prompts.append(self.encoder.prompt(history, wanted_BC[i][listed], len(answer)))
             answers.append(answer)
-        width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-        input_ids = np.zeros((len(indices), width), dtype=np.int64)
-        mask, labels = np.zeros_like(input_ids), np.full_like(input_ids, NO_LABEL)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            length = len(prompt) + len(answer)
-            input_ids[i, :length], mask[i, :length] = prompt + answer, 1
-            labels[i, len(prompt) - 1 : length - 1] = answer
-        opened = np.array([len(prompt) + len(self.encoder.open) - 1 for prompt in prompts])
+        context = np.array(list(map(len, prompts)))
+        length = context + np.array(list(map(len, answers)))
+        place = np.arange(length.max())
+        real, answered = place < length[:, None], (place >= context[:, None]) & (place < length[:, None])
+        input_ids = np.zeros(real.shape, dtype=np.int64)
+        input_ids[real] = [token for row in zip(prompts, answers, strict=True) for ids in row for token in ids]
+        opened = np.arange(len(indices)) * len(place) + context + len(self.encoder.open) - 1
         return RankedBatch(
             torch.from_numpy(input_ids),
-            torch.from_numpy(mask),
+            torch.from_numpy(real.astype(np.int64)),
             torch.from_numpy(opened),
             torch.from_numpy(listed_BC + 1),
-            torch.from_numpy(labels),
+            torch.from_numpy(np.flatnonzero(answered) - 1),
+            torch.from_numpy(input_ids[answered]),
             count=len(indices),
         )
 

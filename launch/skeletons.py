@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from data.batches import PromptBatch, SequenceBatch
 from data.identifiers import LETTERS
 from data.item_prompts import ItemPromptBatch
+from data.listwise_batches import RankedBatch
 from data.ranking_batches import RankingBatch
 from data.retrieval_examples import RetrievalBatch
 from data.retrieval_texts import RetrievalTexts
@@ -32,6 +33,7 @@ from models.llamarec import LlamaRec, LlamaRecConfig, VectorHead
 from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
 from models.mntp import MNTP, MNTPConfig
 from models.moe_lora import find_gate
+from models.rankllm import RankLLM, RankLLMConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.sequence_recommender import SequenceConfig
 from models.simcse import SimCSE, SimCSEConfig
@@ -43,6 +45,7 @@ from .llm2vec import both_ways, with_dropout
 from .sequences import sequence_recommender
 
 TITLE_TOKENS = 16  # of an item's text
+ANSWER_TOKENS = 4  # of each candidate in a written permutation: "[", "A", "]", " >"
 SASREC_WIDTH = SASRecConfig().hidden_size  # of item vectors that are read from a run
 
 
@@ -76,6 +79,8 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
         return _llara(config.method, backbone, num_items)
     if isinstance(config.method, LlamaRecConfig):
         return _llamarec(config.method, backbone, num_items)
+    if isinstance(config.method, RankLLMConfig):
+        return _rankllm(config.method, backbone)
     left_out = f"what {config.model} trains beside the backbone"
     return Skeleton(NextToken(backbone), prompts, vocabulary(backbone), left_out)
 
@@ -253,6 +258,26 @@ def llamarec_skeleton(config: LlamaRecConfig, backbone: Backbone, num_items: int
         table = torch.empty(num_items + 1, width) if config.scoring == "dot" else None
         letters = None if vectors else np.arange(count)
         return LlamaRec(config, backbone, num_items, letters, end_id=0, item_table=table)
+
+
+def _rankllm(config: RankLLMConfig, backbone: Backbone) -> Skeleton:
+    writes = config.objective in ("generation", "combined")
+
+    def batch(rows: int, length: int) -> RankedBatch:
+        slots = torch.zeros(rows, dtype=torch.int64)
+        answer = torch.zeros(rows * min(length, ANSWER_TOKENS * config.shown) * writes, dtype=torch.int64)
+        ids, ranks = torch.zeros(rows, length, dtype=torch.int64), torch.ones(rows, config.shown, dtype=torch.int64)
+        return RankedBatch(ids, torch.ones_like(ids), slots, ranks, answer, answer.clone(), count=rows)
+
+    return Skeleton(RankLLMSkeleton(config, backbone).train(), batch, vocabulary(backbone))
+
+
+class RankLLMSkeleton(RankLLM):
+    """RankLLM's training pass; the prompts, which only scoring needs, are left out."""
+
+    def __init__(self, config: RankLLMConfig, backbone: Backbone) -> None:
+        nn.Module.__init__(self)
+        self.config, self.backbone, self.names = config, backbone, list(range(config.shown))
 
 
 class BIGRecSkeleton(BIGRec):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import NO_LABEL
 from data.candidate_rows import shuffled
 from data.draws import Draws
 from data.listwise_batches import ListBatch, RankedBatch
@@ -104,21 +103,22 @@ class RankLLM(Recommender):
         self.num_items = len(encoder.titles) - 1
         self.counts: Counter[str] = Counter()  # of users, windows, calls and statuses of answers
         shown = 2 if config.mode == "pairwise" else config.shown
-        self.names = torch.tensor(encoder.single_names(shown)) if config.mode in ("logits", "pairwise") else None
+        self.names: list[int] = []
+        if config.mode in ("logits", "pairwise"):
+            self.names = encoder.single_names(shown)
         if config.objective != "generation":
-            self.names = torch.tensor(encoder.single_names(config.shown))
+            self.names = encoder.single_names(config.shown)
 
     def loss(self, batch: RankedBatch) -> Loss:  # type: ignore[override]
         decoder = decoder_of(self.backbone)
         # Pads stand on the right, where a causal model never sees them.
-        states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        states_SH = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         objective = self.config.objective
         parts: dict[str, Tensor] = {}
         if objective in ("generation", "combined"):
-            parts["generation"] = written_loss(decoder, states, batch)
+            parts["generation"] = written_loss(decoder, states_SH, batch)
         if objective in ("ranknet", "combined", "listwise"):
-            first = states[torch.arange(len(states), device=states.device), batch.opened]
-            logits = self.name_logits(decoder, first, batch.ranks.shape[1])
+            logits = self.name_logits(decoder, states_SH.index_select(0, batch.opened), batch.ranks.shape[1])
             if objective == "listwise":
                 parts["listwise"] = first_choice(logits, batch.ranks).sum()
             else:
@@ -131,8 +131,7 @@ class RankLLM(Recommender):
 
     def name_logits(self, decoder: Decoder, states_BH: Tensor, count: int) -> Tensor:
         """Return the logits of the first `count` identifiers, [B, count] float32, and no others."""
-        assert self.names is not None
-        return product(states_BH, decoder.weight[self.names[:count].to(states_BH.device)])
+        return product(states_BH, decoder.weight[torch.tensor(self.names[:count], device=states_BH.device)])
 
     def scores(self, batch: ListBatch) -> Tensor:  # type: ignore[override]
         found, _ = self.judged(batch)
@@ -253,11 +252,10 @@ class RankLLM(Recommender):
             )
 
 
-def written_loss(decoder: Decoder, states_BLH: Tensor, batch: RankedBatch) -> Tensor:
-    """The sum over prompts of the mean cross-entropy of an answer's tokens, as many in each."""
-    labelled = batch.labels != NO_LABEL
-    total = losses.full_cross_entropy(states_BLH[labelled], decoder.weight, batch.labels[labelled])
-    return total / labelled.sum(1).max().clamp(min=1)
+def written_loss(decoder: Decoder, states_SH: Tensor, batch: RankedBatch) -> Tensor:
+    """The sum over prompts of the mean cross-entropy of an answer's tokens."""
+    total = losses.full_cross_entropy(states_SH.index_select(0, batch.labelled), decoder.weight, batch.targets)
+    return total / max(1, len(batch.targets) // len(batch.opened))
 
 
 def worst(statuses: Sequence[Status]) -> Status:

@@ -18,6 +18,7 @@ from launch.sequences import sequence_recommender
 from launch.skeletons import (
     BIGRecSkeleton,
     NextToken,
+    RankLLMSkeleton,
     dense_retrieval_skeleton,
     llamarec_skeleton,
     llara_skeleton,
@@ -28,6 +29,7 @@ from models.base import Recommender
 from models.dense_retrieval_config import DenseRetrievalConfig
 from models.llamarec import LlamaRecConfig
 from models.llara import LLaRAConfig
+from models.rankllm import RankLLMConfig
 from models.skeleton import backbone_skeleton, packed_side_bytes
 from models.tiny import llama_config
 
@@ -72,6 +74,8 @@ def real_model(config: RunConfig) -> Recommender:
         return llara_skeleton(config.method, backbone, ITEMS, device="cpu").train()
     if isinstance(config.method, LlamaRecConfig):
         return llamarec_skeleton(config.method, backbone, ITEMS, device="cpu").train()
+    if isinstance(config.method, RankLLMConfig):
+        return RankLLMSkeleton(config.method, backbone).train()
     return BIGRecSkeleton(config.method, backbone, ITEMS, device="cpu").train()
 
 
@@ -136,6 +140,8 @@ MEASURED = [
     "--model llamarec --train.precision bf16 --backbone.name {llama} --method.objective published",
     "--model llamarec --train.precision bf16 --backbone.name {qwen} --backbone.quantization 4bit "
     "--method.identifiers vectors",
+    "--model rankllm --train.precision bf16 --backbone.name {llama}",
+    "--model rankllm --train.precision fp32 --method.objective ranknet",
     "--model sasrec --train.precision bf16",
     "--model sasrec --train.precision fp32 --method.loss gbce --method.num_blocks 3",
     "--model lrurec --train.precision bf16",
