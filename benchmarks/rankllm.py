@@ -32,6 +32,7 @@ from data.config import DataConfig
 from data.draws import Draws
 from data.listwise_batches import ListBatch, ListedHistories, TrainingLists
 from data.listwise_prompts import ListwiseEncoder, ListwiseSettings
+from data.listwise_templates import ONE_CANDIDATE, ONE_HISTORY, ONE_QUESTION, rank_template
 from data.prompt_rows import response_rows
 from data.prompts import title_texts
 from data.sources import read
@@ -40,7 +41,8 @@ from evaluation.metrics import per_user_metrics
 from evaluation.protocols import draw_candidates
 from models.backbone import TINY, BackboneConfig, load_backbone, load_tokenizer
 from models.decoder import product, run_prefix, scoring_decoder
-from models.rankllm import RankLLM, RankLLMConfig, left_padded
+from models.listwise_modes import left_padded
+from models.rankllm import RankLLM, RankLLMConfig
 from models.tiny import TinyConfig, vocabulary_text
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +56,7 @@ WAYS = ("logits", "generate", "shared prefix", "whole prompts")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rank the same lists in four ways.")
     parser.add_argument("--backbone", default=TINY, help="tiny, or a folder in Hugging Face format")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of 16 lists")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of 16 lists")
     parser.add_argument("--users", type=int, default=64, help="lists that are ranked")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,7 +78,8 @@ def main() -> None:
 def make_model(backbone: str, titles: list[str], parts: Split) -> RankLLM:
     config = RankLLMConfig(num_candidates=CANDIDATES, max_failures=1.0, prompts=SETTINGS)
     shape = BackboneConfig(name=backbone, adapter="none", tiny=TinyConfig(hidden_size=64, layers=2))
-    tokenizer = load_tokenizer(shape, vocabulary_text(titles, parts.item_counts()))
+    texts = [*rank_template(SETTINGS.template).messages("", titles[1:21]), ONE_HISTORY, ONE_CANDIDATE, ONE_QUESTION]
+    tokenizer = load_tokenizer(shape, vocabulary_text(titles, parts.item_counts(), texts))
     model = load_backbone(shape, tokenizer, seed=0, device="cpu", trainable=True)
     return RankLLM(config, model, ListwiseEncoder(tokenizer, titles, SETTINGS), seed=0)
 

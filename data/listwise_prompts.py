@@ -83,6 +83,7 @@ class ListwiseEncoder:
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.pieces = lru_cache(None)(self._pieces)
         self.name = lru_cache(None)(self._name)
+        self.single_names = lru_cache(None)(self._single_names)
 
     @classmethod
     def build(
@@ -97,15 +98,15 @@ class ListwiseEncoder:
     def _name(self, place: int) -> list[int]:
         return encode_after(self.tokenizer, "[", [self.template.identifier(place)])[0]
 
-    def single_names(self, num_candidates: int) -> list[int]:
+    def _single_names(self, num_candidates: int) -> list[int]:
         """The one token that names each place; raises ValueError where a name has several, or two have the same."""
         names = [self.name(place) for place in range(num_candidates)]
         wrong = [self.template.identifier(place) for place, name in enumerate(names) if len(name) != 1]
         if wrong or len({name[0] for name in names}) < num_candidates:
             raise ValueError(
                 f"--method.prompts.template {self.settings.template} names {num_candidates} candidates, and the "
-                f"tokenizer does not write {wrong or 'each'} as a token of its own: pass items-letters, a smaller "
-                "--method.window, or --method.mode generate"
+                f"tokenizer does not write {wrong or 'each'} as a token of its own: pass items-letters or a smaller "
+                "--method.window; or --method.mode generate, which trains by --method.objective generation alone"
             )
         return [name[0] for name in names]
 

@@ -42,6 +42,8 @@ def build_rankllm(setting: Setting) -> Built:
     model = RankLLM(config, backbone, encoder, setting.seed)
 
     def training() -> Examples:
+        if config.objective != "generation":
+            encoder.single_names(config.shown)  # fails now or never
         store = labels = None
         if config.labels is not None:
             labels = TeacherLabels.read(config.labels, setting.split, setting.catalog)

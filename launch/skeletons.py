@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from data.batches import PromptBatch, SequenceBatch
 from data.identifiers import LETTERS
 from data.item_prompts import ItemPromptBatch
 from data.listwise_batches import RankedBatch
+from data.listwise_prompts import ListwiseEncoder
 from data.ranking_batches import RankingBatch
 from data.retrieval_examples import RetrievalBatch
 from data.retrieval_texts import RetrievalTexts
@@ -277,7 +279,8 @@ class RankLLMSkeleton(RankLLM):
 
     def __init__(self, config: RankLLMConfig, backbone: Backbone) -> None:
         nn.Module.__init__(self)
-        self.config, self.backbone, self.names = config, backbone, list(range(config.shown))
+        self.config, self.backbone = config, backbone
+        self.encoder = cast(ListwiseEncoder, SimpleNamespace(single_names=lambda count: list(range(count))))
 
 
 class BIGRecSkeleton(BIGRec):

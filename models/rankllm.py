@@ -23,15 +23,15 @@ from data.permutations import PARSERS, STATUSES, Status
 from . import losses
 from .backbone import Backbone
 from .base import Loss, Recommender
-from .candidate_scoring import continued, greedy_answers
-from .decoder import Decoder, decoder_of, product, run_prefix, scoring_decoder
+from .decoder import Decoder, decoder_of, scoring_decoder
 from .listwise_losses import first_choice, weighted_ranknet
+from .listwise_modes import duels, first_logits, logits_of, verdicts, written_orders
 from .sliding_windows import best_first, slide, window_spans
 
 Mode = Literal["logits", "generate", "pointwise", "pairwise"]
-MODES: tuple[Mode, ...] = ("logits", "generate", "pointwise", "pairwise")
 Objective = Literal["listwise", "ranknet", "generation", "combined"]
 RANKNET_SHARE = 10.0  # of the combined objective, as published
+HASH_BASE = 1_000_003  # of a list's items, modulo 2^64
 ANSWERS_BEFORE_JUDGING = 20  # failures say little of a model before so many answers
 
 
@@ -102,12 +102,8 @@ class RankLLM(Recommender):
         self.config, self.backbone, self.encoder, self.seed = config, backbone, encoder, seed
         self.num_items = len(encoder.titles) - 1
         self.counts: Counter[str] = Counter()  # of users, windows, calls and statuses of answers
-        shown = 2 if config.mode == "pairwise" else config.shown
-        self.names: list[int] = []
         if config.mode in ("logits", "pairwise"):
-            self.names = encoder.single_names(shown)
-        if config.objective != "generation":
-            self.names = encoder.single_names(config.shown)
+            encoder.single_names(2 if config.mode == "pairwise" else config.shown)
 
     def loss(self, batch: RankedBatch) -> Loss:  # type: ignore[override]
         decoder = decoder_of(self.backbone)
@@ -118,7 +114,8 @@ class RankLLM(Recommender):
         if objective in ("generation", "combined"):
             parts["generation"] = written_loss(decoder, states_SH, batch)
         if objective in ("ranknet", "combined", "listwise"):
-            logits = self.name_logits(decoder, states_SH.index_select(0, batch.opened), batch.ranks.shape[1])
+            names = self.encoder.single_names(batch.ranks.shape[1])
+            logits = logits_of(decoder, states_SH.index_select(0, batch.opened), names)
             if objective == "listwise":
                 parts["listwise"] = first_choice(logits, batch.ranks).sum()
             else:
@@ -128,10 +125,6 @@ class RankLLM(Recommender):
         assert isinstance(total, Tensor)
         logged = {name: part.detach() for name, part in parts.items()} if objective == "combined" else {}
         return Loss(total, batch.count, logged)
-
-    def name_logits(self, decoder: Decoder, states_BH: Tensor, count: int) -> Tensor:
-        """Return the logits of the first `count` identifiers, [B, count] float32, and no others."""
-        return product(states_BH, decoder.weight[torch.tensor(self.names[:count], device=states_BH.device)])
 
     def scores(self, batch: ListBatch) -> Tensor:  # type: ignore[override]
         found, _ = self.judged(batch)
@@ -168,8 +161,8 @@ class RankLLM(Recommender):
         One order keeps what the model says (logits in the mode logits); several give minus the mean rank.
         """
         history, items = _histories(batch), items_BW.cpu().numpy()
-        looks = []
-        for shown_BW in orders(items.shape, self.config.permutations, self.seed, batch.row.cpu().numpy()):
+        lists, looks = batch.candidates.cpu().numpy(), []
+        for shown_BW in orders(items.shape, self.config.permutations, self.seed, lists):
             scores, statuses = self.look(history, np.take_along_axis(items, shown_BW, axis=1))
             back = torch.from_numpy(np.argsort(shown_BW, axis=1)).to(scores.device)
             looks.append(Judgement(scores.gather(1, back), statuses))
@@ -183,57 +176,14 @@ class RankLLM(Recommender):
 
     def look(self, history: list[np.ndarray], items_BW: np.ndarray) -> Judgement:
         """Ask the model once about lists as they are shown."""
-        decoder = scoring_decoder(self.backbone)
-        if self.config.mode == "generate":
-            return self._written(decoder, history, items_BW)
-        ask = {"logits": self._logits, "pointwise": self._verdicts, "pairwise": self._duels}[self.config.mode]
-        return Judgement(ask(decoder, history, items_BW), ["ok"] * len(items_BW))
-
-    def _logits(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Tensor:
-        prompts = [self.encoder.prompt(*row, 1) + self.encoder.open for row in zip(history, items_BW, strict=True)]
-        prefix = run_prefix(decoder, *left_padded(prompts, decoder.body.device), use_cache=False)
-        self.counts["calls"] += len(prompts)
-        return self.name_logits(decoder, prefix.last_state, items_BW.shape[1])
-
-    def _written(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Judgement:
-        """Scores by what the parser reads out of greedy answers."""
-        width, encoder = items_BW.shape[1], self.encoder
-        length = self.config.max_new_tokens or len(encoder.answer(range(width)))
-        prompts = [encoder.prompt(*row, length) for row in zip(history, items_BW, strict=True)]
-        self.counts["calls"] += len(prompts)
-        end = encoder.end[0] if encoder.end else -1
-        answers = greedy_answers(decoder, *left_padded(prompts, decoder.body.device), end, length)
-        texts = encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        parsed = [PARSERS[self.config.parser](text, width, encoder.template.identifiers) for text in texts]
-        order_BW = torch.tensor([answer.order for answer in parsed])
-        return Judgement(-order_BW.argsort(1).float(), [answer.status for answer in parsed])
-
-    def _verdicts(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Tensor:
-        """The log-odds of yes for each candidate alone; all of them continue one pass over the history."""
-        prompts = [self.encoder.one_prompt(row) for row in history]
-        endings = [self.encoder.one_ending(item) for item in items_BW.flatten()]
-        device, length = decoder.body.device, torch.tensor([len(ending) for ending in endings])
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ending) for ending in endings], batch_first=True)
-        prefix = run_prefix(decoder, *left_padded(prompts, device))
-        states = continued(decoder, prefix, tokens.to(device), items_BW.shape[1])
-        last = states[torch.arange(len(states), device=device), length.to(device) - 1]
-        self.counts["calls"] += len(endings)
-        verdicts = torch.tensor(self.encoder.verdicts(), device=device)
-        yes, no = product(last, decoder.weight[verdicts]).T
-        return (yes - no).view(items_BW.shape)
-
-    def _duels(self, decoder: Decoder, history: list[np.ndarray], items_BW: np.ndarray) -> Tensor:
-        """How many others a candidate beats, by the model's probabilities: each pair is shown in both orders."""
-        width = items_BW.shape[1]
-        wins = torch.zeros(items_BW.shape, device=decoder.body.device)
-        for first in range(width):
-            for second in range(width):
-                if first != second:
-                    z = self._logits(decoder, history, items_BW[:, [first, second]])
-                    share = torch.sigmoid(z[:, 0] - z[:, 1]) / 2
-                    wins[:, first] += share
-                    wins[:, second] += 0.5 - share
-        return wins
+        mode, config = self.config.mode, self.config
+        rows, width = items_BW.shape
+        self.counts["calls"] += rows * {"pointwise": width, "pairwise": width * (width - 1)}.get(mode, 1)
+        lists = scoring_decoder(self.backbone), self.encoder, history, items_BW
+        if mode == "generate":
+            return Judgement(*written_orders(*lists, PARSERS[config.parser], config.max_new_tokens))
+        ask = {"logits": first_logits, "pointwise": verdicts, "pairwise": duels}[mode]
+        return Judgement(ask(*lists), ["ok"] * rows)
 
     def take_counts(self) -> Counter[str]:
         """Return what this process has counted since the last time, and begin anew."""
@@ -263,18 +213,13 @@ def worst(statuses: Sequence[Status]) -> Status:
     return next((status for status in statuses if status != "ok"), "ok")
 
 
-def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask, [B, P] int64, pads on the left."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids.to(device), mask.to(device)
-
-
-def orders(shape: tuple[int, ...], number: int, seed: int, rows: np.ndarray) -> list[np.ndarray]:
-    """`number` orders of the places of lists [B, W]: as they are, then random ones that belong to a row."""
+def orders(shape: tuple[int, ...], number: int, seed: int, lists_BK: np.ndarray) -> list[np.ndarray]:
+    """`number` orders of the places of windows [B, W]: as they are, then random ones that belong to each row's list."""
+    key_B = np.zeros(len(lists_BK), dtype=np.uint64)
+    for column in lists_BK.T:
+        key_B = key_B * np.uint64(HASH_BASE) + column.astype(np.uint64)
     as_it_is = np.tile(np.arange(shape[1]), (shape[0], 1))
-    return [as_it_is] + [shuffled(as_it_is, Draws.of(seed, order, rows)) for order in range(1, number)]
+    return [as_it_is] + [shuffled(as_it_is, Draws.of(seed, order, key_B)) for order in range(1, number)]
 
 
 def _histories(batch: ListBatch) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from data.permutations import Status
 from data.prompts import title_texts
 from data.sources import read
 from data.splits import split
-from models import rankllm
+from models import listwise_modes
 from models.backbone import BackboneConfig, causal_model, load_backbone, load_tokenizer
 from models.decoder import decoder_of
 from models.listwise_losses import first_choice, weighted_ranknet
@@ -206,6 +206,11 @@ def test_pairwise_counts_wins_over_both_orders(sample: Any) -> None:
     assert model.take_counts()["calls"] == USERS * 12
 
 
+def last_history(batch: ListBatch) -> Any:
+    """The history of the last row alone."""
+    return replace(batch.history, items=batch.history.items[-1:], lengths=batch.history.lengths[-1:])
+
+
 def look_at_items(model: RankLLM, monkeypatch: pytest.MonkeyPatch, bias: float = 0.0) -> list[np.ndarray]:
     """Let a model prefer high item numbers, and by `bias` what stands in front; return what it is shown."""
     shown = []
@@ -227,6 +232,11 @@ def test_a_ranker_that_is_blind_to_places_ranks_alike_in_any_order(sample, monke
     assert scores.argsort(1, descending=True).equal(batch.candidates.argsort(1, descending=True))
     assert shown[0].tolist() == batch.candidates.tolist()
     assert len({look.tobytes() for look in shown}) == 4
+    # the orders of a list do not depend on the batch that it is in
+    again = look_at_items(model, monkeypatch)
+    last = replace(batch, candidates=batch.candidates[-1:], row=batch.row[:1], history=last_history(batch))
+    model.judged(last)
+    assert [look.tolist() for look in again] == [look[-1:].tolist() for look in shown]
     # one that looks at places alone is all but averaged away
     blind = make(sample, permutations=200)
     look_at_items(blind, monkeypatch, bias=1e6)
@@ -248,7 +258,7 @@ def test_windows_of_all_users_go_together_and_places_are_the_scores(sample, monk
 
 
 def write(monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> None:
-    monkeypatch.setattr(rankllm, "greedy_answers", lambda *_: answers)
+    monkeypatch.setattr(listwise_modes, "greedy_answers", lambda *_: answers)
 
 
 def test_written_permutations_are_read_and_failures_keep_the_order(sample, monkeypatch) -> None:
@@ -278,16 +288,16 @@ def test_greedy_generation_goes_on_from_the_prompt_without_a_bracket(sample: Any
     prompt = model.encoder.prompt(history, batch.candidates[0].numpy())
     for _ in range(3):
         prompt.append(int(last_logits(model, prompt).argmax()))
-    padded = rankllm.left_padded([prompt[:-3]], torch.device("cpu"))
-    found = rankllm.greedy_answers(decoder_of(model.backbone), *padded, -1, 3)
+    padded = listwise_modes.left_padded([prompt[:-3]], torch.device("cpu"))
+    found = listwise_modes.greedy_answers(decoder_of(model.backbone), *padded, -1, 3)
     assert found == [prompt[-3:]]
 
 
 def test_identifiers_that_are_not_tokens_are_refused_unless_they_are_written(sample: Any) -> None:
     numbers = replace(ListwiseSettings(), template="items-numbers")
-    with pytest.raises(ValueError, match=r"pass items-letters, a smaller --method\.window"):
+    with pytest.raises(ValueError, match=r"pass items-letters or a smaller --method\.window"):
         make(sample, numbers, num_candidates=20, window=20, stride=10)
-    make(sample, numbers, num_candidates=20, window=20, stride=10, mode="generate", objective="generation")
+    make(sample, numbers, num_candidates=20, window=20, stride=10, mode="generate")
     with pytest.raises(ValueError, match="candidate 27 has no letter"):
         make(sample, num_candidates=27, window=27, stride=10)
 
