@@ -1,13 +1,13 @@
-"""Four ways to have one language model rank the same lists: how fast, and how well.
+"""Three ways to have one language model rank the same lists: how fast, and how well.
 
 python benchmarks/rankllm.py                          (the built-in backbone; writes the table of docs/methods.md)
 python benchmarks/rankllm.py --backbone FOLDER        (any backbone in Hugging Face format; writes nothing)
 
 The model learns for a while to write permutations and to rank by the first identifier (the combined objective), then
-ranks every list in four ways: by the logits of the first identifier, by the permutation that it writes, by yes or no
-for each candidate behind one shared prefix, and the same with a whole prompt a candidate; for yes and no it is not
-trained. The ways take turns on each batch, so all of them meet the same machine. A list is the next item of a user and
-19 items drawn at random; a random order has NDCG@10 .227.
+ranks every list in three ways: by the logits of the first identifier, by the permutation that it writes, and by yes or
+no for each candidate behind one shared prefix, which it is not trained for. The ways take turns on each batch, so all
+of them meet the same machine. A list is the next item of a user and 19 items drawn at random; a random order has
+NDCG@10 .227.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from data.candidate_rows import UnseenCandidates, shuffled
 from data.candidate_store import CandidateStore, training_cuts
 from data.config import DataConfig
 from data.draws import Draws
-from data.listwise_batches import ListBatch, ListedHistories, TrainingLists
+from data.listwise_batches import ListedHistories, TrainingLists
 from data.listwise_prompts import ListwiseEncoder, ListwiseSettings
 from data.listwise_templates import ONE_CANDIDATE, ONE_HISTORY, ONE_QUESTION, rank_template
 from data.prompt_rows import response_rows
@@ -40,21 +40,19 @@ from data.splits import Split, split
 from evaluation.metrics import per_user_metrics
 from evaluation.protocols import draw_candidates
 from models.backbone import TINY, BackboneConfig, load_backbone, load_tokenizer
-from models.decoder import product, run_prefix, scoring_decoder
-from models.listwise_modes import left_padded
-from models.rankllm import RankLLM, RankLLMConfig
+from models.rankllm import Mode, RankLLM, RankLLMConfig
 from models.tiny import TinyConfig, vocabulary_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rankllm.json"
 CANDIDATES, BATCH = 20, 16
-GOALS = {"shared prefix to whole prompts": 5.0}
+GOAL = 2.0  # times as many users as by written permutations
 SETTINGS = ListwiseSettings()
-WAYS = ("logits", "generate", "shared prefix", "whole prompts")
+WAYS: tuple[Mode, ...] = ("logits", "generate", "pointwise")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rank the same lists in four ways.")
+    parser = argparse.ArgumentParser(description="Rank the same lists in three ways.")
     parser.add_argument("--backbone", default=TINY, help="tiny, or a folder in Hugging Face format")
     parser.add_argument("--steps", type=int, default=300, help="training steps of 16 lists")
     parser.add_argument("--users", type=int, default=64, help="lists that are ranked")
@@ -67,12 +65,12 @@ def main() -> None:
     model = make_model(arguments.backbone, titles, parts)
     train(model, parts, arguments.steps)
     measured = measure(model, parts)
-    report = {"hardware": hardware(), "settings": vars(arguments), "goals": GOALS, "measured": measured}
+    report = {"hardware": hardware(), "settings": vars(arguments), "goal": GOAL, "measured": measured}
     print(markdown(measured))
     if arguments.backbone == TINY:
         RESULTS.write_text(json.dumps(report, indent=1) + "\n")
         write_section(ROOT / "docs" / "methods.md", "benchmarks/rankllm.py", markdown(measured))
-    sys.exit(0 if holds(measured) else 1)
+    sys.exit(0 if ratio(measured) >= GOAL else 1)
 
 
 def make_model(backbone: str, titles: list[str], parts: Split) -> RankLLM:
@@ -108,8 +106,8 @@ def measure(model: RankLLM, parts: Split) -> dict[str, Any]:
     assert candidates is not None
     listed = shuffled(candidates, Draws.of(0, 0, np.arange(len(candidates))))
     examples = ListedHistories(parts, "test", model.encoder, listed)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    places: dict[str, list[Tensor]] = {way: [] for way in WAYS}
+    seconds: dict[Mode, list[float]] = {way: [] for way in WAYS}
+    ranks: dict[Mode, list[Tensor]] = {way: [] for way in WAYS}
     model.take_counts()
     answers = 0
     for start in range(0, len(listed), BATCH):
@@ -117,55 +115,26 @@ def measure(model: RankLLM, parts: Split) -> dict[str, Any]:
         batch, target = examples.collate(indices), torch.from_numpy(candidates[indices, :1])
         for way in WAYS:
             began = time.perf_counter()
-            scores = rank(model, batch, way)
+            model.config = replace(model.config, mode=way)
+            scores = model.judge(batch, batch.candidates).scores
             seconds[way].append((time.perf_counter() - began) / len(indices))
             own = scores.gather(1, (batch.candidates == target).int().argmax(1, keepdim=True))
-            places[way].append((scores > own).sum(1))
+            ranks[way].append(torch.stack([(scores > own).sum(1), (scores == own).sum(1) - 1]))
             if way == "generate":
                 answers += model.take_counts()["ok"]
             model.take_counts()
     result: dict[str, Any] = {}
     for way in WAYS:
-        greater = torch.cat(places[way]).numpy()
-        ndcg = per_user_metrics(greater, np.zeros_like(greater), (10,))["NDCG@10"].mean()
+        greater, equal = torch.cat(ranks[way], dim=1).numpy()
+        ndcg = per_user_metrics(greater, equal, (10,))["NDCG@10"].mean()
         result[way] = {"users_per_second": 1 / statistics.median(seconds[way]), "NDCG@10": float(ndcg)}
     result["generate"]["permutations"] = answers / len(listed)
     return result
 
 
-def rank(model: RankLLM, batch: ListBatch, way: str) -> Tensor:
-    """Return the scores of each candidate, [B, K]."""
-    if way == "whole prompts":
-        return whole_prompts(model, batch)
-    mode: Any = {"shared prefix": "pointwise"}.get(way, way)
-    model.config = replace(model.config, mode=mode)
-    return model.judge(batch, batch.candidates).scores
-
-
-@torch.no_grad()
-def whole_prompts(model: RankLLM, batch: ListBatch) -> Tensor:
-    """What pointwise scoring would be without a shared prefix: a prompt for each candidate."""
-    decoder, encoder = scoring_decoder(model.backbone), model.encoder
-    verdicts, columns = torch.tensor(encoder.verdicts()), []
-    for items in batch.candidates.T.tolist():
-        rows = zip(batch.history.items.numpy(), batch.history.lengths.tolist(), items, strict=True)
-        prompts = [encoder.one_prompt(row[:length]) + encoder.one_ending(item) for row, length, item in rows]
-        state = run_prefix(decoder, *left_padded(prompts, torch.device("cpu")), use_cache=False).last_state
-        yes, no = product(state, decoder.weight[verdicts]).T
-        columns.append(yes - no)
-    return torch.stack(columns, dim=1)
-
-
-def ratios(measured: dict[str, Any]) -> dict[str, float]:
-    speed = {way: figures["users_per_second"] for way, figures in measured.items()}
-    return {
-        "logits to generate": speed["logits"] / speed["generate"],
-        "shared prefix to whole prompts": speed["shared prefix"] / speed["whole prompts"],
-    }
-
-
-def holds(measured: dict[str, Any]) -> bool:
-    return all(ratios(measured)[name] >= goal for name, goal in GOALS.items())
+def ratio(measured: dict[str, Any]) -> float:
+    """Return how many users the logits rank while one is ranked by writing."""
+    return measured["logits"]["users_per_second"] / measured["generate"]["users_per_second"]
 
 
 def markdown(measured: dict[str, Any]) -> str:
@@ -176,8 +145,7 @@ def markdown(measured: dict[str, Any]) -> str:
     for way, figures in measured.items():
         share = f"{figures['permutations']:.3f}" if "permutations" in figures else "by construction"
         lines.append(f"| {way} | {figures['users_per_second']:.1f} | {figures['NDCG@10']:.4f} | {share} |")
-    found = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in ratios(measured).items())
-    return "\n".join([*lines, "", f"Speed: {found}."])
+    return "\n".join([*lines, "", f"The logits rank {ratio(measured):.1f} times as many users as written answers."])
 
 
 if __name__ == "__main__":
