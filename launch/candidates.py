@@ -50,7 +50,11 @@ class Retriever:
 
     def __init__(self, path: Path, setting: Setting) -> None:
         self.run, self.setting = require_run(path, "retriever", setting), setting
-        self._asking = Asking.like([self.run])
+
+    @cached_property
+    def _asking(self) -> Asking:
+        # not before it is needed: a command that loads a run joins its launch afterwards
+        return Asking.like([self.run])
 
     def load(self) -> Built:
         """Its model and examples, ready to score on this process's device; nobody keeps them but the caller."""

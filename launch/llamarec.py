@@ -146,7 +146,7 @@ def item_table(
     """The vectors of scoring dot, [N + 1, D]."""
     if config.item_vectors == "titles":
         return mean_token_embeddings(backbone, TokenTable.of([[], *encode(tokenizer, titles[1:])]))
-    retriever = stage.retriever.load().model
+    retriever = stage.retriever.setting.load_model(stage.retriever.run.folder).model
     if not isinstance(retriever, SequenceRecommender):
         raise ValueError(
             f"--method.item_vectors retriever: {stage.retriever.run.folder} has no item table; pass titles, or a "

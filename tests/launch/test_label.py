@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 
 from data.splits import Split
 from launch import label, train
@@ -59,6 +60,12 @@ def test_a_run_of_no_steps_is_measured_as_it_is(teacher: Path) -> None:
         scoring = results["test"]["header"]["scoring"]
         assert scoring["windows_per_user"] == 2 == scoring["calls_per_user"]  # six candidates, windows of four
         assert set(scoring["answers"]) == {"ok"}
+
+
+def test_a_loaded_reranker_leaves_joining_the_launch_to_the_runtime(teacher: Path) -> None:
+    """Whoever asks Accelerate for a device before the Runtime is made joins as one process alone."""
+    load_run(teacher)
+    assert not PartialState._shared_state
 
 
 def test_labels_are_the_order_of_the_catalogue_scores(teacher: Path, tmp_path: Path, parts: Split) -> None:
