@@ -83,10 +83,11 @@ def make_model(backbone: str, titles: list[str], parts: Split) -> RankLLM:
 
 
 def train(model: RankLLM, parts: Split, steps: int) -> None:
-    """Teach the model the next item among random others, in steps of BATCH lists."""
+    """Teach the model the next item before random others, the more popular first, in steps of BATCH lists."""
     cuts = training_cuts(parts)
     rows = response_rows(parts, SETTINGS.history())
     drawn = UnseenCandidates(parts, rows, CANDIDATES).draw(np.arange(len(cuts)), Draws.of(0, 0, np.arange(len(cuts))))
+    drawn = np.take_along_axis(drawn, np.argsort(-parts.item_counts()[drawn], axis=1, kind="stable"), axis=1)
     store = CandidateStore(drawn.astype(np.int32), np.zeros(drawn.shape, np.float32))
     examples = TrainingLists(parts, model.encoder, store, None, CANDIDATES, 0, writes=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -105,7 +106,7 @@ def measure(model: RankLLM, parts: Split) -> dict[str, Any]:
     candidates = draw_candidates(parts, "test", "candidates-20", seed=0)
     assert candidates is not None
     listed = shuffled(candidates, Draws.of(0, 0, np.arange(len(candidates))))
-    examples = ListedHistories(parts, "test", model.encoder, listed)
+    examples = ListedHistories(parts, "test", model.encoder, listed, CANDIDATES)
     seconds: dict[Mode, list[float]] = {way: [] for way in WAYS}
     ranks: dict[Mode, list[Tensor]] = {way: [] for way in WAYS}
     model.take_counts()

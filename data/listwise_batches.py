@@ -134,10 +134,13 @@ class ListedHistories:
     It must, since what a window holds depends on the windows before it.
     """
 
-    def __init__(self, split: Split, phase: Phase, encoder: ListwiseEncoder, candidates: np.ndarray) -> None:
+    def __init__(
+        self, split: Split, phase: Phase, encoder: ListwiseEncoder, candidates: np.ndarray, window: int
+    ) -> None:
+        """`window` is the number of candidates that a prompt shows at most."""
         self.split, self.candidates = split, candidates.astype(np.int64)
         self.rows = evaluation_rows(split, encoder.settings.history(), phase)
-        self.lengths = prompt_lengths(split, self.rows, encoder, self.candidates)
+        self.lengths = prompt_lengths(split, self.rows, encoder, self.candidates[:, -window:])
 
     def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> ListBatch:
         rows = self.rows.take(indices)

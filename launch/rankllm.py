@@ -53,14 +53,14 @@ def build_rankllm(setting: Setting) -> Built:
         return TrainingLists(setting.split, encoder, store, labels, config.shown, setting.seed, writes=writes)
 
     def listing(split: Split, phase: Phase, store: CandidateStore) -> Examples:
-        return ListedHistories(split, phase, encoder, store.items)
+        return ListedHistories(split, phase, encoder, store.items, config.window)
 
     def evaluation(split: Split, phase: Phase) -> Examples:
         return listing(split, phase, stage.candidates(split, phase))
 
     def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
         listed = shuffled(candidates, Draws.of(setting.seed, 0, np.arange(len(candidates))))  # the target comes first
-        return ListedHistories(split, phase, encoder, listed)
+        return ListedHistories(split, phase, encoder, listed, config.window)
 
     def figures() -> dict[str, Any]:
         counts: Counter[str] = sum(gather_object([model.take_counts()]), Counter())

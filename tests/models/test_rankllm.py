@@ -57,7 +57,9 @@ def candidates_of(parts: Any, rows: int, number: int = CANDIDATES) -> np.ndarray
 def lists(sample: Any, model: RankLLM, number: int = CANDIDATES) -> ListBatch:
     """Histories of different lengths, so that prompts are padded."""
     parts = sample[0]
-    made = ListedHistories(parts, "test", model.encoder, candidates_of(parts, len(parts.test), number))
+    made = ListedHistories(
+        parts, "test", model.encoder, candidates_of(parts, len(parts.test), number), model.config.window
+    )
     rows = np.argsort(made.lengths, kind="stable")[:: len(made.lengths) // USERS][:USERS]
     assert len(set(made.lengths[rows].tolist())) > 2
     return made.collate(rows)
@@ -246,15 +248,15 @@ def test_a_ranker_that_is_blind_to_places_ranks_alike_in_any_order(sample, monke
 
 def test_windows_of_all_users_go_together_and_places_are_the_scores(sample, monkeypatch) -> None:
     model = make(sample, window=4, stride=2)
-    batch = lists(sample, model, number=10)
+    batch = lists(sample, model, number=30)  # more than there are letters
     shown = look_at_items(model, monkeypatch)
     scores, statuses = model.judged(batch)
-    assert [look.shape for look in shown] == [(USERS, 4)] * 4
-    assert scores.sort(1).values.equal(torch.arange(1.0, 11.0).expand(USERS, -1))
+    assert [look.shape for look in shown] == [(USERS, 4)] * 14
+    assert scores.sort(1).values.equal(torch.arange(1.0, 31.0).expand(USERS, -1))
     best = batch.candidates.gather(1, scores.argsort(1, descending=True))[:, :2]
     assert best.equal(batch.candidates.sort(1, descending=True).values[:, :2])
     assert statuses == ["ok"] * USERS
-    assert model.take_counts() == {"users": USERS, "windows": 4 * USERS, "ok": 4 * USERS}
+    assert model.take_counts() == {"users": USERS, "windows": 14 * USERS, "ok": 14 * USERS}
 
 
 def write(monkeypatch: pytest.MonkeyPatch, answers: list[list[int]]) -> None:
