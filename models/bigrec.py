@@ -137,7 +137,7 @@ class ItemHead(nn.Module):
         super().__init__()
         self.register_buffer("table", nn.functional.normalize(table_NH, dim=1))  # row 0, padding, stays zero
         self.projection = nn.Linear(table_NH.shape[1], table_NH.shape[1])
-        self.log_scale = nn.Parameter(torch.tensor(20.0).log())
+        self.log_scale = nn.Parameter(torch.tensor([20.0]).log())
         nn.init.eye_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
 

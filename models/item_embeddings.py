@@ -168,7 +168,8 @@ class ItemMatcher(nn.Module):
         super().__init__()
         self.table, self.match = table, match
         self.state_projector = state_projector or nn.Identity()
-        self.log_scale = nn.Parameter(torch.tensor(START_SCALE).log()) if match == "cosine" else None
+        # [1], since ZeRO cannot send a number without a shape
+        self.log_scale = nn.Parameter(torch.tensor([START_SCALE]).log()) if match == "cosine" else None
 
     def operands(self, states_TH: Tensor, items: slice | Tensor = slice(1, None)) -> tuple[Tensor, Tensor]:
         """Return [T, D] and [n, D] whose products are the logits of `items`."""

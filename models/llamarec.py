@@ -223,7 +223,7 @@ class ItemHead(nn.Module):
         super().__init__()
         self.register_buffer("table", F.normalize(table_ND.float(), dim=1))
         self.projection = nn.Linear(width, table_ND.shape[1])
-        self.log_scale = nn.Parameter(torch.tensor(20.0).log())
+        self.log_scale = nn.Parameter(torch.tensor([20.0]).log())
 
     def forward(self, decoder: Decoder, states_BH: Tensor, candidates: Tensor) -> Tensor:
         """Return [B, K] float32, a column a candidate."""
