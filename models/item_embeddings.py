@@ -177,7 +177,8 @@ class ItemMatcher(nn.Module):
         if self.log_scale is None:
             return self.table.operands(states, items)
         vectors = self.table.projector(self.table.table[items])
-        return F.normalize(states.float(), dim=1) * self.log_scale.exp(), F.normalize(vectors.float(), dim=1)
+        scale = self.log_scale.exp().float()
+        return F.normalize(states.float(), dim=1) * scale, F.normalize(vectors.float(), dim=1)
 
     def loss(self, states_TH: Tensor, target_T: Tensor, *, with_padding: bool = False) -> Tensor:
         """Return the summed cross-entropy over the catalogue; `with_padding` makes item 0 a class, as E4SRec's code."""
