@@ -38,8 +38,10 @@ class GRU4Rec(SequenceRecommender):
 
     def reset_parameters(self) -> None:
         """Draw the embeddings from N(0, initializer_range); the other weights are as torch draws them."""
-        nn.init.normal_(self.item_embedding.weight, std=self.config.initializer_range)
-        nn.init.zeros_(self.item_embedding.weight[0].detach())
+        for embedding in (self.item_embedding, self.output_embedding):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=self.config.initializer_range)
+                nn.init.zeros_(embedding.weight[0].detach())
 
     def states(self, batch: SequenceBatch) -> Tensor:
         """Return the state after every event, [B, L, H]."""

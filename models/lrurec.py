@@ -90,7 +90,7 @@ class LRURec(SequenceRecommender):
     """A stack of linear recurrences over item embeddings; every item has a bias."""
 
     config: LRURecConfig
-    score_parameters = ("item_bias",)
+    score_parameters = ("item_bias", "output_embedding")
 
     def __init__(self, config: LRURecConfig, num_items: int) -> None:
         super().__init__(config, num_items)
@@ -120,4 +120,4 @@ class LRURec(SequenceRecommender):
 
     def operands(self, states_H: Tensor) -> tuple[Tensor, Tensor]:
         """Return operands with one more column, for the items' biases."""
-        return with_bias(states_H, self.item_table, self.item_bias)
+        return with_bias(states_H, self.output_table, self.item_bias)

@@ -28,6 +28,8 @@ class SequenceConfig:
     """Longest history, in events, that the model sees."""
     windows: Literal["last", "all"] = "last"
     """Train on each user's most recent window (as published), or on the whole sequence cut into windows."""
+    tied: bool = True
+    """Match states with the vectors that are read; false gives the items a second table to be matched with."""
     loss: Literal["cross-entropy", "sampled-cross-entropy", "gbce", "bce"] = "cross-entropy"
     """Full softmax over the catalogue, or one of the losses with sampled negatives."""
     num_negatives: int = 256
@@ -45,12 +47,17 @@ class SequenceRecommender(Recommender):
     see what stands behind it.
     """
 
-    score_parameters: tuple[str, ...] = ()  # how parameters' names begin that scores read and states do not
+    score_parameters: tuple[str, ...] = (
+        "output_embedding",
+    )  # how parameters' names begin that scores read and states do not
 
     def __init__(self, config: SequenceConfig, num_items: int) -> None:
         super().__init__()
         self.config, self.num_items = config, num_items
         self.item_embedding = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
+        self.output_embedding: nn.Embedding | None = None
+        if not config.tied:
+            self.output_embedding = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
 
     @abstractmethod
     def states(self, batch: SequenceBatch) -> Tensor:
@@ -58,12 +65,17 @@ class SequenceRecommender(Recommender):
 
     @property
     def item_table(self) -> Tensor:
-        """The item vectors, [N + 1, H]; row 0 is padding."""
+        """The item vectors that states are made of, [N + 1, H]; row 0 is padding."""
         return self.item_embedding.weight
+
+    @property
+    def output_table(self) -> Tensor:
+        """The item vectors that states are matched with, [N + 1, H]: the same ones in a tied model."""
+        return self.item_table if self.output_embedding is None else self.output_embedding.weight
 
     def operands(self, states_H: Tensor) -> tuple[Tensor, Tensor]:
         """Return [..., D] and [N + 1, D] whose products are the scores that states [..., H] give to the items."""
-        return states_H, self.item_table
+        return states_H, self.output_table
 
     def user_states(self, batch: SequenceBatch) -> Tensor:
         """Return the state after the last event, [B, H]; after the first slot where there is no event."""
@@ -77,9 +89,13 @@ class SequenceRecommender(Recommender):
 
     def loss(self, batch: SequenceBatch) -> Loss:  # type: ignore[override]
         """Return the loss of every labelled position."""
+        return self.loss_of_states(self.states(batch), batch)
+
+    def loss_of_states(self, states_BLH: Tensor, batch: SequenceBatch) -> Loss:
+        """Return the loss of every labelled position, whose states are known."""
         assert batch.labelled is not None
         assert batch.targets is not None
-        query_BLD, table_ND = self.operands(self.states(batch))
+        query_BLD, table_ND = self.operands(states_BLH)
         # Slots are known from the collator: a mask would make the host wait for the device to count them.
         query_TD = query_BLD.flatten(0, 1).index_select(0, batch.labelled)
         if self.config.loss == "cross-entropy":
