@@ -15,6 +15,8 @@ CHUNK_ROWS = 1024  # rows of logits alive at once: [1024, 3417] float32 is 14 MB
 
 # (logits [C, N], which it may overwrite, and their rows) -> their summed loss and the gradient of the logits.
 LossOfLogits = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+# (scores [C, N] and their rows) -> their summed loss.
+LossOfScores = Callable[[Tensor, slice], Tensor]
 
 
 class _Chunked(torch.autograd.Function):
@@ -75,6 +77,26 @@ def count_first(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_row
     for hidden, target in zip(hidden_TH.split(chunk_rows), target_T.split(chunk_rows), strict=True):
         found += ((hidden @ table_NH.T).argmax(1) == target).sum()
     return found
+
+
+def in_chunks(
+    hidden_TH: Tensor,
+    table_NH: Tensor,
+    loss_of_scores: LossOfScores,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Tensor:
+    """Sum of any loss of the scores h E^T, a function of [C, N] scores and their rows that autograd can follow.
+
+    What it says of some rows must not depend on which others stand in the chunk.
+    """
+
+    def loss_of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            loss = loss_of_scores(logits.requires_grad_(), rows)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        return loss.detach(), gradient
+
+    return _in_chunks(hidden_TH, table_NH, loss_of_logits, chunk_rows)
 
 
 def kl_divergence(
