@@ -64,6 +64,11 @@ ROWS = {
     "sasrec bf16": [*SASREC, "--train.precision=bf16"],
     "lrurec float32": [*LRUREC, "--train.precision=fp32"],
     "gru4rec float32": [*GRU4REC, "--method.num_layers=2", "--train.precision=fp32"],
+    "dllm2rec-sasrec float32": [
+        *"--model dllm2rec-sasrec --method.student.window 12 --method.student.hidden_size 32".split(),
+        *"--method.student.dropout 0 --method.vectors.source teacher --method.vectors.weight 0.03".split(),
+        "--train.precision=fp32",
+    ],
     "bigrec float32": [*BIGREC, "--train.precision=fp32"],
     "bigrec bf16, checkpointing": [*BIGREC, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
     "bigrec LoRA float32": [*LORA, "--train.precision=fp32"],
@@ -150,6 +155,8 @@ def settings(row: str, inputs: Path) -> list[str]:
         flags.append(f"--method.sasrec={inputs / 'sasrec'}")
     if row.startswith(("llamarec", "rankllm")):
         flags += [f"--method.retriever={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
+    if row.startswith("dllm2rec"):
+        flags += [f"--method.teacher={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
     return [*COMMON, *ROWS[row], *flags]
 
 

@@ -31,6 +31,17 @@ class UniformNegatives:
             drawn[i] = random.choice(np.flatnonzero(free), self.count, replace=False, shuffle=False)
         return drawn
 
+    def draw_each(self, users: np.ndarray, examples: np.ndarray, counts: np.ndarray, epoch: int) -> np.ndarray:
+        """Return [sum of counts] int64 item ids: one for each label of an example, drawn with replacement."""
+        drawn = []
+        for user, example, count in zip(users, examples, counts, strict=True):
+            random = np.random.default_rng((self.seed, epoch, int(example), 1))  # another draw than `draw`
+            free = np.ones(self.split.num_items + 1, dtype=bool)
+            free[0] = False
+            free[self.split.training_items(int(user))] = False
+            drawn.append(random.choice(np.flatnonzero(free), count))
+        return np.concatenate(drawn)
+
 
 class SharedNegatives:
     """Draws the same negatives for all labels of a batch, with replacement, by how often items occur in training.

@@ -43,13 +43,13 @@ class Top(NamedTuple):
 
 
 class Retriever:
-    """A finished run that names candidates; the flag --method.retriever says which one.
+    """A finished run that names candidates; the flag --method.`flag` says which one.
 
     Raises ValueError where there is no such run, or it learned other data than `setting` has.
     """
 
-    def __init__(self, path: Path, setting: Setting) -> None:
-        self.run, self.setting = require_run(path, "retriever", setting), setting
+    def __init__(self, path: Path, setting: Setting, flag: str = "retriever") -> None:
+        self.run, self.setting = require_run(path, flag, setting), setting
 
     @cached_property
     def _asking(self) -> Asking:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .methods import Built
 from .run_folder import RunFolder
 from .show import example_recommendations
 
+KEPT = 10  # recommendations of each user, for coverage and for display
 PHASES: tuple[Phase, Phase] = ("valid", "test")
 
 
@@ -93,7 +94,13 @@ def finish(
     weights, size = weights_of(model), describe(model)
     if not runtime.is_main:
         return
-    folder.save_model(config, weights, catalog, built.tokenizer)
+    saved = config
+    if built.distilled is not None:  # what recommends is the student
+        saved = replace(config, model=built.distilled.name, method=built.distilled.method)
+        weights = built.distilled.plain_weights(weights)
+        served = sum(weight.numel() for weight in weights.values())
+        size |= {"parameters": served, "trainable_parameters": served}
+    folder.save_model(saved, weights, catalog, built.tokenizer)
     for evaluation in evaluations:
         write_ranks(evaluation, folder.ranks(evaluation.header["phase"]))
     results = {
@@ -113,7 +120,8 @@ def measure_ranking(
 ) -> tuple[dict[str, Any], list[Evaluation]]:
     """Rank the targets of both phases; return what results.json says of them, and the evaluations, test last."""
     protocol = config.evaluation.protocol
-    valid, test = (evaluate(config, built, model, parts, phase, runtime, protocol) for phase in PHASES)
+    top_k = KEPT if built.distilled is None else built.distilled.top_k
+    valid, test = (evaluate(config, built, model, parts, phase, runtime, protocol, top_k) for phase in PHASES)
     popularity = evaluate_popularity(parts, "test", **evaluator_options(config, protocol))
     figures = {
         "header": test.header,
@@ -126,6 +134,8 @@ def measure_ranking(
         figures["two_stages"] = {
             evaluation.header["phase"]: built.summary(parts, evaluation) for evaluation in (valid, test)
         }
+    if built.distilled is not None and config.evaluation.protocol == "full":
+        figures["teacher"] = built.distilled.compare(valid)
     return figures, [valid, test]
 
 
@@ -148,9 +158,10 @@ def evaluate(
     phase: Phase,
     runtime: Runtime,
     protocol: Protocol = "full",
+    top_k: int = KEPT,
 ) -> Evaluation:
-    """Rank every target of a phase."""
-    evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol))
+    """Rank every target of a phase, and keep the `top_k` best items for each."""
+    evaluator = Evaluator(parts, phase, **evaluator_options(config, protocol), top_k=top_k)
     runtime.watchdog.arrive(f"the evaluation on {phase} targets")
     return rank(built, evaluator, model, evaluation_batches(config, built, parts, phase, runtime, evaluator.candidates))
 

@@ -17,6 +17,7 @@ from data.tokenized import Prompts
 from models.backbone import is_causal, load_backbone, load_tokenizer
 from models.bigrec import BIGRec, BIGRecConfig
 from models.dense_retrieval_config import DenseRetrievalConfig
+from models.dllm2rec import DLLM2RecGRU4RecConfig, DLLM2RecLRURecConfig, DLLM2RecSASRecConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.ensemble import EnsembleConfig
 from models.gru4rec import GRU4RecConfig
@@ -34,6 +35,7 @@ from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
 
 from .dense_retrieval import build_dense_retrieval
+from .distillation import build_dllm2rec
 from .item_tables import item_tables
 from .llamarec import build_llamarec
 from .llara import build_llara, inner_sasrec
@@ -143,6 +145,9 @@ def build_item_reader(setting: Setting) -> Built:
 METHODS = {
     "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
     "dense-retrieval": Method(DenseRetrievalConfig, build_dense_retrieval, has_backbone=True),
+    "dllm2rec-gru4rec": Method(DLLM2RecGRU4RecConfig, build_dllm2rec),
+    "dllm2rec-lrurec": Method(DLLM2RecLRURecConfig, build_dllm2rec),
+    "dllm2rec-sasrec": Method(DLLM2RecSASRecConfig, build_dllm2rec),
     "e4srec": Method(E4SRecConfig, build_item_reader, has_backbone=True),
     "ensemble": Method(EnsembleConfig, build_ensemble),
     "gru4rec": Method(GRU4RecConfig, build_sequence_recommender),

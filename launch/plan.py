@@ -21,6 +21,7 @@ from data.item_prompts import ItemPromptSettings
 from launch.config import RunConfig, parse_with
 from launch.fitting import Fit, Planner
 from launch.memory import RESERVED, GiB
+from models.dllm2rec import DLLM2RecConfig
 from models.ensemble import EnsembleConfig
 
 PAGE_WIDTH = 120  # where there is no terminal to ask
@@ -72,7 +73,9 @@ def longest(config: RunConfig) -> int:
     prompts = getattr(config.method, "prompts", getattr(config.method, "texts", None))
     if isinstance(prompts, ItemPromptSettings):
         return prompts.max_history
-    return prompts.max_length if prompts is not None else config.method.window
+    if prompts is not None:
+        return prompts.max_length
+    return (config.method.student if isinstance(config.method, DLLM2RecConfig) else config.method).window
 
 
 def show(planner: Planner, settings: PlanSettings, fits: list[Fit], pick: Fit | None, command: str | None) -> None:

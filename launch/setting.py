@@ -1,12 +1,12 @@
 """What the table of methods is made of: what a method is built from, and what building it gives."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from data.batches import Examples
@@ -43,6 +43,17 @@ class Reranking:
     prompt: str  # a hash of all that prompts are made of, beside histories and candidates
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """What a student is without its teacher: what model/ holds, and later commands load."""
+
+    name: str  # in launch/methods.py
+    method: Any  # that method's settings
+    plain_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # from those of the trained model
+    compare: Callable[[Evaluation], dict[str, Any]]  # with the teacher, on validation
+    top_k: int  # recommendations of each user that it compares
+
+
 class CannotRank(ValueError):
     """A model was asked to rank the whole catalogue, and only ranks candidates, or nothing."""
 
@@ -70,6 +81,7 @@ class Built:
     # What a full ranking means beside its metrics, for results.json: figures of a method of two stages.
     summary: Callable[[Split, Evaluation], dict[str, Any]] | None = None
     reranking: Reranking | None = None  # what a method is made of that ranks an earlier run's candidates
+    distilled: Distilled | None = None
 
     # Figures of all scoring since they were last asked for, over all processes: for the header of results. Collective.
     scoring_figures: Callable[[], dict[str, Any]] | None = None

@@ -49,6 +49,8 @@ def show_results(folder: RunFolder) -> None:
         console.print(table)
     if "two_stages" in results:
         console.print(stages(results["two_stages"]["test"], results["test"]))
+    if "teacher" in results:
+        console.print(beside_teacher(results["teacher"]))
     for example in results.get("examples", []):
         history = "; ".join(example["history"])
         console.print(f"\nuser {example['user']}, last: {history}", markup=False, soft_wrap=True)
@@ -85,6 +87,16 @@ def stages(summary: dict[str, Any], measured: dict[str, Any]) -> Table:
         columns = summary["retriever"], measured, summary["retriever_subset"], summary["subset"]
         table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns))
     return table
+
+
+def beside_teacher(compared: dict[str, Any]) -> str:
+    """Return a line on how a student compares with its teacher on validation."""
+    ndcg, overlap = compared["NDCG@10"], next(name for name in compared if name.startswith("overlap@"))
+    return (
+        f"validation NDCG@10: teacher {ndcg['teacher']:.4f}, student {ndcg['student']:.4f}; {overlap} "
+        f"{compared[overlap]:.4f}; the target stands higher with the teacher for {compared['teacher_better']:.1%} of "
+        f"the users, with the student for {compared['student_better']:.1%}"
+    )
 
 
 def figures_of_draws(title: str, model: str, measured: dict[str, Any], popularity: dict[str, Any]) -> Table:

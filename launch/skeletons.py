@@ -29,6 +29,7 @@ from models.bigrec import BIGRec, BIGRecConfig, ItemHead
 from models.decoder import decoder_of
 from models.dense_retrieval import DenseRetrieval
 from models.dense_retrieval_config import DenseRetrievalConfig
+from models.dllm2rec import DLLM2RecConfig
 from models.e4srec import E4SRec, E4SRecConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
 from models.llamarec import LlamaRec, LlamaRecConfig, VectorHead
@@ -65,6 +66,8 @@ def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
     """Return the model that `config` names, for a catalogue of `num_items`."""
     if isinstance(config.method, SequenceConfig):
         return _sequences(config.method, num_items)
+    if isinstance(config.method, DLLM2RecConfig):
+        return replace(_sequences(config.method.student, num_items), left_out="what the teacher adds to the loss")
     assert config.backbone is not None
     if isinstance(config.method, DenseRetrievalConfig):
         return _dense_retrieval(config.method, config.backbone, num_items)

@@ -17,6 +17,7 @@ CELLS = [
     ("sasrec bf16", "zero2_offload"),
     ("gru4rec float32", "zero3"),
     ("lrurec float32", "zero3"),
+    ("dllm2rec-sasrec float32", "zero3"),
     ("bigrec float32", "zero3"),
     ("bigrec bf16, checkpointing", "zero3_offload"),
     ("bigrec LoRA float32", "ddp"),

@@ -225,13 +225,24 @@ def test_a_run_folders_config_gives_the_same_configuration(model: str, changed: 
         assert again.evaluation.cutoffs == (3, 10)
 
 
+# Of a method without backbone, where it is not the window of histories.
+OWN_SETTING = {
+    "ensemble": "method.members",
+    "dllm2rec-gru4rec": "method.student.num_layers",
+    "dllm2rec-lrurec": "method.student.min_decay",
+    "dllm2rec-sasrec": "method.student.num_heads",
+}
+
+
 @pytest.mark.parametrize("model", METHODS)
 def test_help_says_what_every_setting_does(model: str) -> None:
     parser = build_parser(model)
     shown = " ".join(parser.format_help().partition("\noptions:")[2].split())
-    own = "method.members" if model == "ensemble" else "method.window"
-    own = "backbone.name" if METHODS[model].has_backbone else own
-    assert set(parser.types) >= {"data.source", own, "train.epochs"}
+    assert set(parser.types) >= {
+        "data.source",
+        "backbone.name" if METHODS[model].has_backbone else OWN_SETTING.get(model, "method.window"),
+        "train.epochs",
+    }
     for name in parser.types:
         values = r"(?:[A-Z_]+|\[ITEM,\.\.\.\]|\{[^}]*\})"
         (text,) = re.findall(rf"--{re.escape(name)}\+? {values} (.{{12}})", shown)

@@ -1,0 +1,84 @@
+"""Training sequences with what a teacher said at each of their positions."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batches import SequenceBatch, TrainingSequences, on_device
+from .candidate_store import CandidateStore, cut_rows, training_cuts
+from .negatives import UniformNegatives
+from .splits import Split
+from .title_tokens import ranges
+
+
+@dataclass(frozen=True)
+class TaughtBatch(SequenceBatch):
+    """Item histories whose every label has a list of candidates, best first."""
+
+    candidates: Tensor | None = None  # [T, K] int64
+    distances: Tensor | None = (
+        None  # [T, K] float32, -log of the teacher's softmax over the list: the smaller, the surer
+    )
+    target_distances: Tensor | None = None  # [T] float32, of the true next item; inf where the list does not hold it
+    label_negatives: Tensor | None = None  # [T] int64, items the user has not seen
+
+    def to(self, device: torch.device) -> "TaughtBatch":
+        """Return the same batch on `device`."""
+        return on_device(self, device)
+
+    def muted(self) -> "TaughtBatch":
+        """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
+        per_label = ("labelled", "targets", "candidates", "distances", "target_distances", "label_negatives")
+        found = {name: getattr(self, name) for name in per_label}
+        without: dict[str, Any] = {name: tensor[:0] for name, tensor in found.items() if tensor is not None}
+        return replace(self, **without, count=0)
+
+
+class TaughtSequences(TrainingSequences):
+    """`TrainingSequences` with a store of candidates, one row for each of `training_cuts`.
+
+    No row asks for an event of validation or test, and none was answered from a history that holds one.
+    `label_negatives` draws a negative for every label.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        window: int,
+        windows: str,
+        negatives: UniformNegatives | None,
+        store: CandidateStore,
+        label_negatives: UniformNegatives | None,
+    ) -> None:
+        super().__init__(split, window, windows, negatives)
+        if len(store.items) != len(training_cuts(split)):
+            raise ValueError(
+                f"the teacher's lists have {len(store.items)} rows, and training {len(training_cuts(split))} labels"
+            )
+        self.store, self.label_negatives = store, label_negatives
+
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> TaughtBatch:
+        batch = super().collate(indices, epoch, progress)
+        assert batch.targets is not None
+        user, start, end = self.spans[indices].T
+        users, positions = np.repeat(user, end - start), ranges(start + 1, end - start)
+        assert (positions < self.split.train_end[users]).all(), "a held-out event among the labels"
+        rows = cut_rows(self.split, users, positions)
+        scores = torch.from_numpy(self.store.scores[rows])
+        distances = -scores.log_softmax(1)
+        candidates = torch.from_numpy(self.store.items[rows].astype(np.int64))
+        hit = candidates == batch.targets[:, None]
+        target_distances = distances.masked_fill(~hit, torch.inf).amin(1)
+        drawn = None
+        if self.label_negatives is not None:
+            drawn = torch.from_numpy(self.label_negatives.draw_each(user, indices, end - start, epoch))
+        return TaughtBatch(
+            **vars(batch),
+            candidates=candidates,
+            distances=distances,
+            target_distances=target_distances,
+            label_negatives=drawn,
+        )
