@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .listwise_losses import weighted_ranknet
+
 FLOOR = 1e-8  # of confidence and consistency, as published
 LOG_FLOOR = 1e-24  # inside the logarithm of the robust term, as published
 
@@ -177,7 +179,8 @@ def ranking_loss(
     if config.loss in ("listwise", "ranknet"):
         own_TK = own_TK / config.temperature
         if config.loss == "ranknet":
-            return pairwise(own_TK)
+            places_K = torch.arange(1, own_TK.shape[1] + 1, device=own_TK.device)
+            return weighted_ranknet(own_TK, places_K.expand(own_TK.shape)).sum()
         return listwise(own_TK, (-lists.distance_TK / config.temperature).log_softmax(1)) * config.temperature**2
     if config.loss == "rd":
         return -(discrepancy_weights(scores_TN, lists.items_TK, config) * F.logsigmoid(own_TK)).sum()
@@ -223,11 +226,3 @@ def robust_as_published(weight_TK: Tensor, terms_TK: Tensor) -> Tensor:
 def listwise(own_TK: Tensor, wanted_TK: Tensor) -> Tensor:
     """KL of the student's softmax over the candidates from the teacher's, whose logarithms are `wanted`."""
     return F.kl_div(own_TK.log_softmax(1), wanted_TK, reduction="sum", log_target=True)
-
-
-def pairwise(own_TK: Tensor) -> Tensor:
-    """RankNet over the pairs of a list, i before j: softplus(s_j - s_i) / (i + j), a row's mean over its pairs."""
-    before_P, behind_P = torch.triu_indices(own_TK.shape[1], own_TK.shape[1], 1, device=own_TK.device)
-    weight_P = 1 / (before_P + behind_P + 2)  # places count from 1
-    loss_TP = weight_P * F.softplus(own_TK[:, behind_P] - own_TK[:, before_P])
-    return loss_TP.sum() / max(1, len(weight_P))

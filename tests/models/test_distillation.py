@@ -13,7 +13,6 @@ from models.distillation import (
     RobustConfig,
     discrepancy_weights,
     importance_weights,
-    pairwise,
     propensities,
     ranking_loss,
     robust_terms,
@@ -143,10 +142,13 @@ def test_listwise_is_smallest_where_both_agree(scores: Tensor, lists: Lists) -> 
     torch.testing.assert_close(loss(scores), 4 * (wanted * (wanted / own).log()).sum())
 
 
-def test_pairs_are_weighted_by_their_places() -> None:
-    own = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64)
-    terms = [F.softplus(own[0, j] - own[0, i]) / (i + j + 2) for i, j in [(0, 1), (0, 2), (1, 2)]]
-    torch.testing.assert_close(pairwise(own), torch.stack(terms).mean())
+def test_pairs_of_a_list_are_weighted_by_their_places(scores: Tensor, lists: Lists) -> None:
+    config = replace(CONFIG, loss="ranknet", temperature=2.0)
+    own = scores.gather(1, lists.items_TK) / 2
+    pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
+    terms = [F.softplus(own[:, j] - own[:, i]) / (i + j + 2) for i, j in pairs]
+    expected = torch.stack(terms).sum() / len(pairs)
+    torch.testing.assert_close(ranking_loss(scores, lists, config, RobustConfig(), PROPENSITY), expected)
 
 
 def test_the_robust_term_of_large_scores_is_finite(scores: Tensor, lists: Lists) -> None:
