@@ -100,7 +100,7 @@ def test_a_resumed_curriculum_shows_the_prompts_of_a_run_that_was_not_stopped(tm
     ("model", "flags", "message"),
     [
         ("llara", "--method.sasrec={sasrec} --evaluation.protocol=full", "--evaluation.protocol candidates-20"),
-        ("llara", "", "pass --method.sasrec, the run folder of a sasrec run, or --method.prompts.mode text"),
+        ("llara", "", "pass --method.sasrec, the run folder of a sasrec, gru4rec or lrurec"),
         ("llara", "--method.sasrec={tmp}/none", "--method.sasrec names {tmp}/none"),
         ("llara", "--method.sasrec={tmp}/none.safetensors", "none.safetensors: there is no such file"),
         ("llara", "--method.sasrec={sasrec} --data.sample_seed=1", "was trained on split"),

@@ -77,7 +77,7 @@ def test_nothing_to_train_is_an_error() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"max_steps": 0},
+        {"max_steps": -1},
         {"patience": 0},
         {"keep_checkpoints": 0},
         {"micro_batch_size": -1},
