@@ -153,7 +153,7 @@ class Retriever:
 
 
 @dataclass(frozen=True)
-class Stage:
+class FirstStage:
     """The first stage as the second one sees it: k candidates, asked for once a run; `flag` is the name of k."""
 
     retriever: Retriever

@@ -29,7 +29,7 @@ from models.pretrained import load_saved_tokenizer
 from models.sequence_recommender import SequenceRecommender
 from models.tiny import vocabulary_text
 
-from .candidates import Retriever, Stage
+from .candidates import FirstStage, Retriever
 from .setting import Built, CannotRank, Reranking, Setting
 
 logger = logging.getLogger("shardrec")
@@ -43,7 +43,7 @@ def build_llamarec(setting: Setting) -> Built:
     if config.retriever is None:
         raise ValueError("llamarec ranks the candidates of another run: pass --method.retriever, its folder")
     prompts, split = config.prompts, setting.split
-    stage = Stage(Retriever(config.retriever, setting), prompts.num_candidates, COUNT_FLAG, split)
+    stage = FirstStage(Retriever(config.retriever, setting), prompts.num_candidates, COUNT_FLAG, split)
     if setting.saved is None:
         stage.report_ceiling()
     tokenizer = tokenizer_of(setting, config)
@@ -141,7 +141,7 @@ def choose_identifiers(tokenizer: PreTrainedTokenizerFast, config: LlamaRecConfi
 
 
 def item_table(
-    config: LlamaRecConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerFast, titles: list[str], stage: Stage
+    config: LlamaRecConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerFast, titles: list[str], stage: FirstStage
 ) -> Tensor:
     """The vectors of scoring dot, [N + 1, D]."""
     if config.item_vectors == "titles":

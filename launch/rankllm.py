@@ -23,7 +23,7 @@ from models.pretrained import load_saved_tokenizer
 from models.rankllm import RankLLM, RankLLMConfig
 from models.tiny import vocabulary_text
 
-from .candidates import Retriever, Stage
+from .candidates import FirstStage, Retriever
 from .setting import Built, Reranking, Setting
 
 
@@ -33,7 +33,7 @@ def build_rankllm(setting: Setting) -> Built:
     if config.retriever is None:
         raise ValueError("rankllm ranks what another model retrieves: pass --method.retriever, the run folder of one")
     flag = "--method.num_candidates"
-    stage = Stage(Retriever(config.retriever, setting), config.num_candidates, flag, setting.split)
+    stage = FirstStage(Retriever(config.retriever, setting), config.num_candidates, flag, setting.split)
     if setting.saved is None:
         stage.report_ceiling()
     tokenizer = tokenizer_of(setting, config)
