@@ -77,6 +77,7 @@ def finish(
 ) -> None:
     """Measure the best checkpoint on validation and test, beside popularity; write the model and its results."""
     model = runtime.unwrap(trained.model)
+    runtime.settle()
     if trained.best is not None:
         restore_weights_of_main(trained.best, model, runtime.is_main)
     if built.calibrate is not None:
@@ -91,6 +92,7 @@ def finish(
     else:
         figures, evaluations = measure_ranking(config, built, trained.model, parts, catalog, runtime)
         seconds = evaluations[-1].header["seconds"]
+    runtime.settle()
     weights, size = weights_of(model), describe(model)
     if not runtime.is_main:
         return

@@ -159,6 +159,11 @@ class Runtime:
             return self.zero.grad_norm(self.device)
         return self.accelerator.clip_grad_norm_(model.parameters(), self.max_grad_norm or torch.inf)
 
+    def settle(self) -> None:
+        """Let no pass leave anything behind that is in the way of reading or writing whole weights. Collective."""
+        if self.zero is not None:
+            self.zero.settle()
+
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Return what a checkpoint holds of a prepared model; every process must ask, for it may be collective."""
         inner = self.unwrap(model)

@@ -118,6 +118,15 @@ class Zero:
         """The DeepSpeedEngine; there is one once the model is prepared."""
         return self.accelerator.deepspeed_engine_wrapped.engine
 
+    def settle(self) -> None:
+        """Give back what the last pass fetched ahead: weights on their way cannot be gathered. Collective.
+
+        DeepSpeed does the same before its own checkpoints.
+        """
+        if self.stage == 3 and self.accelerator.deepspeed_engine_wrapped is not None:
+            self._optimizer.checkpoint_event_prologue()
+            self._optimizer.checkpoint_event_epilogue()
+
     def grad_norm(self, device: torch.device) -> Tensor:
         """Return the gradient norm of the step just made, before clipping: a float32 scalar on `device`."""
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)

@@ -28,6 +28,7 @@ CELLS = [
     ("e4srec LoRA 4-bit", "zero3_offload"),
     ("dense-retrieval float32", "ddp"),
     ("dense-retrieval float32", "zero2"),
+    ("dense-retrieval float32", "zero3"),
     ("dense-retrieval float32, GradCache", "zero3"),
     ("dense-retrieval LoRA 4-bit, checkpointing", "zero3"),
     ("llara float32", "zero3"),
