@@ -40,16 +40,7 @@ def load_run(path: Path, *, full_precision: bool = False) -> LoadedRun:
     if full_precision and config.backbone is not None:
         config.backbone = replace(config.backbone, quantization="none", dtype="float32")
     catalog = read_catalog(folder.model / "catalog.json")
-    setting = Setting(
-        split=histories_as_split([np.array([1])], catalog),
-        catalog=catalog,
-        method=config.method,
-        backbone=config.backbone,
-        seed=config.train.seed,
-        cache=config.data.cache_folder,
-        load_model=load_model,
-        saved=folder.model,
-    )
+    setting = setting_of(config, histories_as_split([np.array([1])], catalog), catalog, saved=folder.model)
     try:
         built = METHODS[config.model].build(setting)
     except ValueError as error:  # a run or a backbone that it names is no longer there
@@ -57,6 +48,23 @@ def load_run(path: Path, *, full_precision: bool = False) -> LoadedRun:
     load_weights(built.model, folder.model / "model.safetensors")
     built.model.eval()
     return LoadedRun(folder, config, catalog, built)
+
+
+def setting_of(
+    config: RunConfig, split: Split, catalog: Catalog, *, is_main: bool = True, saved: Path | None = None
+) -> Setting:
+    """What a run's method is built from; `saved` is the model folder where the run has ended."""
+    return Setting(
+        split=split,
+        catalog=catalog,
+        method=config.method,
+        backbone=config.backbone,
+        seed=config.train.seed,
+        cache=config.data.cache_folder,
+        load_model=load_model,
+        is_main=is_main,
+        saved=saved,
+    )
 
 
 def load_model(path: Path) -> Built:

@@ -18,7 +18,7 @@ from rich.table import Table
 from data.splits import Split
 from data.tokenized import PromptReport
 from launch.config import RunConfig, parse
-from launch.loading import load_model, read_and_split
+from launch.loading import read_and_split, setting_of
 from launch.methods import METHODS, Setting
 
 PHASES: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
@@ -33,15 +33,7 @@ def main(argv: list[str]) -> int:
         f"{parts.name}: {parts.num_users:,} users, {parts.num_items:,} items, {len(parts.items):,} events; "
         f"split {parts.kind} {parts.hash[:12]}; read in {time.perf_counter() - started:.1f} s"
     )
-    setting = Setting(
-        split=parts,
-        catalog=interactions.catalog,
-        method=config.method,
-        backbone=config.backbone,
-        seed=config.train.seed,
-        cache=config.data.cache_folder,
-        load_model=load_model,
-    )
+    setting = setting_of(config, parts, interactions.catalog)
     reports = tokenise(config, setting)
     if reports:
         console.print(prompt_table(reports))

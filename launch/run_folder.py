@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from data.interactions import Catalog
 from trainers.runtime import Runtime
+from trainers.tracking import flat
 
-from .config import RunConfig, dump
+from .config import RunConfig, dump, parse
 
 # Settings that change how fast a run is or what it writes, not what it computes: a resumed run may differ in them.
 MAY_DIFFER = (
@@ -85,7 +86,8 @@ class RunFolder:
         """Exit with the settings that differ when this folder holds another run."""
         if not self.config_file.is_file():
             return
-        old, new = _flat(yaml.safe_load(self.config_file.read_text())), _flat(dump(config))
+        # read like a recipe: a setting that came after that run began has its default there
+        old, new = flat(dump(parse(["--config", str(self.config_file)]))), flat(dump(config))
         different = [
             f"{name}: {old.get(name)} there, {new.get(name)} here"
             for name in sorted(old.keys() | new.keys())
@@ -175,13 +177,3 @@ def commit_of_clone() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None  # not a git checkout
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

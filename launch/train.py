@@ -21,9 +21,9 @@ from data.loaders import TrainingLoader
 from data.splits import Split
 from evaluation.protocols import NotEnoughItems, draw_candidates, metric_prefix
 from launch.config import RunConfig, dump, parse
-from launch.loading import load_model, read_and_split
+from launch.loading import read_and_split, setting_of
 from launch.measuring import Clock, Trained, evaluate, finish, measure_held_out, selection_protocol
-from launch.methods import METHODS, Built, Setting
+from launch.methods import METHODS, Built
 from launch.out_of_memory import explain, is_out_of_memory
 from launch.run_folder import RunFolder
 from launch.show import show_results
@@ -148,16 +148,7 @@ def load_data(config: RunConfig, runtime: Runtime) -> tuple[Interactions, Split]
 
 def build(config: RunConfig, interactions: Interactions, parts: Split, runtime: Runtime) -> Built:
     """Build the model and its examples as the method's row in launch/methods.py says."""
-    setting = Setting(
-        split=parts,
-        catalog=interactions.catalog,
-        method=config.method,
-        backbone=config.backbone,
-        seed=config.train.seed,
-        cache=config.data.cache_folder,
-        load_model=load_model,
-        is_main=runtime.is_main,
-    )
+    setting = setting_of(config, parts, interactions.catalog, is_main=runtime.is_main)
     return METHODS[config.model].build(setting)
 
 

@@ -30,7 +30,11 @@ class Tracking:
             self._forget_after(progress)
         if runtime.accelerator.log_with:
             repeated = {"tensorboard": {"purge_step": progress.step + 1}}  # hidden there: this run logs them again
-            runtime.accelerator.init_trackers("shardrec", config=_flat(settings), init_kwargs=repeated)
+            plain = {
+                name: value if isinstance(value, int | float | bool | str) else str(value)
+                for name, value in flat(settings).items()
+            }
+            runtime.accelerator.init_trackers("shardrec", config=plain, init_kwargs=repeated)
         console = Console()
         self.bar = rich.progress.Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -105,12 +109,9 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under dotted names, as trackers want them."""
-    flat: dict[str, Any] = {}
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under dotted names."""
+    found: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | bool | str) else str(value)
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -59,6 +59,15 @@ def test_settings_of_speed_and_place_may_differ(folder: RunFolder) -> None:
     folder.require_same(changed(CONFIG, "data", root=Path("/elsewhere"), cache=Path("/cache")))
 
 
+def test_a_setting_that_came_later_has_its_default(folder: RunFolder) -> None:
+    written = yaml.safe_load(folder.config_file.read_text())
+    del written["data"]["cold_items"]
+    folder.config_file.write_text(yaml.safe_dump(written))
+    folder.require_same(CONFIG)
+    with pytest.raises(SystemExit, match=r"data\.cold_items: 0\.0 there, 0\.1 here"):
+        folder.require_same(changed(CONFIG, "data", cold_items=0.1))
+
+
 def test_a_new_folder_is_nobodys(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").require_same(CONFIG)
 
