@@ -1,12 +1,9 @@
 """Candidate prompts: tokens equal to whole texts, vectors in their slots, candidates that give nothing away."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data.batches import NO_LABEL, PromptBatch
 from data.candidate_batches import EvaluationCandidates, TrainingCandidates
@@ -15,62 +12,25 @@ from data.candidate_rows import CandidateSettings
 from data.candidate_tokens import CandidateEncoder, Shown
 from data.draws import Draws
 from data.interactions import Catalog
-from data.splits import Split, Targets
+from data.splits import Split
 from models.backbone import BackboneConfig, load_tokenizer
+from tests.toys import HARD_TITLES, byte_level_bpe, without_repeats
 
-TITLES = [
-    "Heat (1995)",
-    "Fargo (1996)",
-    '"Great Performances" Cats (1998)',
-    "'Til There Was You (1997)",
-    "Doom </s> - PlayStation 4",
-    "Creeping Flesh, The (1973)",
-    "Krótki film o zabijaniu (1988)",
-    "Fargo (1996)",
-    "...And Justice for All, 1, 2, 3",
-    "三国志 & Co.",
-    "unknown",
-    "Mr. Pell's Umbrella (1992)",
-]
+TITLES = [*HARD_TITLES, "unknown", "Mr. Pell's Umbrella (1992)"]
 PLAIN = ["", *TITLES, *(f"Film number {number} (19{number})" for number in range(10, 60))]
 NUM_ITEMS = len(PLAIN) - 1
 
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    """Random sequences without repeats, the last two events of each held out."""
-    random, length = np.random.default_rng(0), np.array([3, 4, 9, 14, 30, 25, 8])
-    return Split(
-        name="toy",
-        kind="leave-one-out",
-        offsets=np.concatenate([[0], np.cumsum(length)]),
-        items=np.concatenate([random.permutation(NUM_ITEMS)[:n] + 1 for n in length]),
-        train_end=length - 2,
-        valid=Targets(np.arange(len(length)), length - 2),
-        test=Targets(np.arange(len(length)), length - 1),
-        num_items=NUM_ITEMS,
-        hash="toy",
-        raw_users=tuple(map(str, range(len(length)))),
-    )
+    return without_repeats([3, 4, 9, 14, 30, 25, 8], NUM_ITEMS)
 
 
 @pytest.fixture(scope="module")
 def byte_level() -> PreTrainedTokenizerFast:
     """GPT-2's kind of tokenizer, whose words take brackets and commas together, without BOS."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     corpus = [MOVIE.prompt(text, TITLES, TITLES, "text").replace(" [PH]", "") for text in range(3)] * 3
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["</s>"], initial_alphabet=alphabet)
-    backend.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
-
-
-@pytest.fixture(scope="module")
-def sentencepiece(backbone_root: Path) -> PreTrainedTokenizerBase:
-    """Llama's kind of tokenizer: a blank before the text, BOS and EOS."""
-    return AutoTokenizer.from_pretrained(backbone_root / "stories260k")
+    return byte_level_bpe(corpus, vocab_size=700)
 
 
 @pytest.fixture(scope="module")

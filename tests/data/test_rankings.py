@@ -1,11 +1,9 @@
 """Ranking prompts: tokens equal to whole texts, what is cut and what never is, negatives, orders, and slots."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Regex, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data.batches import NO_LABEL
 from data.candidate_store import CandidateStore, training_cuts
@@ -14,19 +12,13 @@ from data.interactions import Catalog
 from data.ranking_batches import EvaluationRankings, RankingBatch, TrainingRankings
 from data.ranking_prompts import BEFORE, CHOOSE, RESPONSE, RankingSettings, ranking_prompt, shown_titles
 from data.ranking_tokens import RankingEncoder
-from data.splits import Split, Targets
+from data.splits import Split
 from data.title_tokens import encode
 from models.backbone import BackboneConfig, load_tokenizer
+from tests.toys import HARD_TITLES, byte_level_bpe, without_repeats
 
 TITLES = [
-    "Heat (1995)",
-    "Fargo (1996)",
-    '"Great Performances" Cats (1998)',
-    "'Til There Was You (1997)",
-    "Doom </s> - PlayStation 4",
-    "Krótki film o zabijaniu (1988)",
-    "...And Justice for All, 1, 2, 3",
-    "三国志 & Co.",
+    *HARD_TITLES,
     " a blank in front and behind ",
     "Ends with a semicolon;",
     "(500) Days of Summer (2009)",
@@ -44,32 +36,13 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    """Random sequences without repeats, the last two events of each held out."""
-    random, length = np.random.default_rng(0), np.array([3, 4, 9, 14, 30, 25, 8])
-    return Split(
-        name="toy",
-        kind="leave-one-out",
-        offsets=np.concatenate([[0], np.cumsum(length)]),
-        items=np.concatenate([random.permutation(NUM_ITEMS)[:n] + 1 for n in length]),
-        train_end=length - 2,
-        valid=Targets(np.arange(len(length)), length - 2),
-        test=Targets(np.arange(len(length)), length - 1),
-        num_items=NUM_ITEMS,
-        hash="toy",
-        raw_users=tuple(map(str, range(len(length)))),
-    )
+    return without_repeats([3, 4, 9, 14, 30, 25, 8], NUM_ITEMS)
 
 
-def bytes_in_words(pre_tokenizer: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without BOS that learned the prompts by heart."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
+def bytes_in_words(words: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that learned the prompts by heart."""
     corpus = [ranking_prompt(TITLES, list(zip(LETTERS, TITLES, strict=False)))] * 3
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["</s>"], initial_alphabet=alphabet)
-    backend.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    return byte_level_bpe(corpus, 900, words)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +51,16 @@ def tiny() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def all_tokenizers(backbone_root: Path, tiny: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+def all_tokenizers(
+    sentencepiece: PreTrainedTokenizerBase, tiny: PreTrainedTokenizerBase
+) -> dict[str, PreTrainedTokenizerBase]:
     like_llama_3 = [
         pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
     return {
         "tiny": tiny,
-        "sentencepiece": AutoTokenizer.from_pretrained(backbone_root / "stories260k"),
+        "sentencepiece": sentencepiece,
         "gpt-2": bytes_in_words(pre_tokenizers.ByteLevel(add_prefix_space=False)),
         "llama-3": bytes_in_words(pre_tokenizers.Sequence(like_llama_3)),
     }

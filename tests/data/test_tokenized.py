@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data import tokenized
 from data.interactions import Catalog
@@ -23,22 +23,9 @@ from data.prompts import TEMPLATES, template_by_name
 from data.splits import Split, Targets
 from data.title_tokens import TitleTokens
 from data.tokenized import PromptReport, Prompts, build_prompts, fingerprint
+from tests.toys import HARD_TITLES, byte_level_bpe, leave_one_out
 
-TITLES = [
-    "Heat (1995)",
-    "Fargo (1996)",
-    '"Great Performances" Cats (1998)',
-    " Agatha Christie",
-    "'Til There Was You (1997)",
-    "Doom </s> - PlayStation 4",
-    "Creeping Flesh, The (1973)",
-    "Krótki film o zabijaniu (1988)",
-    "Fargo (1996)",
-    "...And Justice for All, 1, 2, 3",
-    "三国志 & Co.",
-    "trailing blank ",
-    "",
-]
+TITLES = [*HARD_TITLES[:3], " Agatha Christie", *HARD_TITLES[3:], "trailing blank ", ""]
 
 
 def make_catalog(titles: list[str]) -> Catalog:
@@ -47,23 +34,8 @@ def make_catalog(titles: list[str]) -> Catalog:
 
 
 def make_split(lengths: list[int], num_items: int, seed: int = 0) -> Split:
-    """Random sequences of these lengths, the last two events held out where there are three or more."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    items = np.random.default_rng(seed).integers(1, num_items + 1, offsets[-1])
-    users = np.flatnonzero(np.array(lengths) >= 3)
-    length = np.array(lengths)
-    return Split(
-        name="toy",
-        kind="leave-one-out",
-        offsets=offsets,
-        items=items,
-        train_end=np.where(length >= 3, length - 2, length),
-        valid=Targets(users, length[users] - 2),
-        test=Targets(users, length[users] - 1),
-        num_items=num_items,
-        hash=f"hash of seed {seed}",
-        raw_users=tuple(f"u{user}" for user in range(len(lengths))),
-    )
+    items = np.random.default_rng(seed).integers(1, num_items + 1, sum(lengths))
+    return leave_one_out(np.split(items, np.cumsum(lengths)[:-1]), num_items, hash=f"hash of seed {seed}")
 
 
 CATALOG = make_catalog(TITLES)
@@ -73,14 +45,7 @@ SPLIT = make_split([30, 2, 1, 3, 12, 4, 55], len(TITLES))
 @pytest.fixture(scope="session")
 def byte_level() -> PreTrainedTokenizerFast:
     """GPT-2's kind of tokenizer, with merges that reach over quotes and commas, no BOS, and EOS."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    corpus = [template.prompt(TITLES * 3) for template in TEMPLATES.values()] * 3
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["</s>"], initial_alphabet=alphabet)
-    backend.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    return byte_level_bpe([template.prompt(TITLES * 3) for template in TEMPLATES.values()] * 3, vocab_size=600)
 
 
 @pytest.fixture(scope="session")
@@ -90,12 +55,6 @@ def merging() -> PreTrainedTokenizerFast:
     corpus = [template.prompt(TITLES * 3) for template in TEMPLATES.values()] * 3
     backend.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "</s>"]))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-
-
-@pytest.fixture(scope="session")
-def sentencepiece(backbone_root: Path) -> PreTrainedTokenizerBase:
-    """Llama's kind of tokenizer: a blank before the text, BOS and EOS."""
-    return AutoTokenizer.from_pretrained(backbone_root / "stories260k")
 
 
 TOKENIZERS = ["byte_level", "sentencepiece", "merging"]

@@ -8,24 +8,7 @@ from scipy.stats import chisquare
 
 from data.splits import Phase, Split, Targets
 from evaluation.protocols import Mask, Protocol, candidates_hash, draw_candidates, seen_pairs
-
-
-def leave_one_out(sequences: list[list[int]], num_items: int) -> Split:
-    lengths = np.array([len(sequence) for sequence in sequences])
-    users = np.arange(len(sequences))
-    return Split(
-        name="handmade",
-        kind="leave-one-out",
-        offsets=np.concatenate([[0], lengths.cumsum()]),
-        items=np.concatenate(sequences),
-        train_end=lengths - 2,
-        valid=Targets(users, lengths - 2),
-        test=Targets(users, lengths - 1),
-        num_items=num_items,
-        hash="0" * 64,
-        raw_users=tuple(f"user-{user}" for user in users),
-    )
-
+from tests.toys import leave_one_out
 
 SPLIT = leave_one_out([[1, 2, 3, 4], [5, 6, 5, 7, 8], [9, 1, 2]], num_items=10)
 
@@ -100,5 +83,5 @@ def test_every_unseen_item_can_be_asked_for() -> None:
 
 def test_too_few_unseen_items_is_an_error_with_a_remedy() -> None:
     split = leave_one_out([list(range(1, 30)), list(range(1, 41))], num_items=50)
-    with pytest.raises(ValueError, match=r"user user-1 has 10 unseen items.*candidates-20.*--evaluation.protocol full"):
+    with pytest.raises(ValueError, match=r"user u1 has 10 unseen items.*candidates-20.*--evaluation.protocol full"):
         draw_candidates(split, "test", "candidates-20", seed=0)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from models.backbone import BackboneConfig, causal_model, describe, load_backbone, load_tokenizer
 from models.base import Recommender
@@ -21,6 +21,7 @@ from models.moe_lora import ActiveGate, MoELoRALinear, add_moe_lora, find_gate, 
 from models.title_generation import beam_search_titles, generate_free
 from models.title_scoring import title_log_likelihoods
 from tests.models.test_title_scoring import EOS, VOCABULARY, _trie
+from tests.toys import grouped_llama
 from trainers.state import load_weights, weights_of
 
 USERS, LENGTH, RANK, EXPERTS = 5, 11, 8, 4
@@ -28,20 +29,7 @@ CHECKPOINTING = {"use_reentrant": False}
 
 
 def llama() -> LlamaForCausalLM:
-    """Two layers with grouped key-value heads in float64, so that only real differences show."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).double()
+    return grouped_llama(VOCABULARY, EOS)
 
 
 def adapted(model: PreTrainedModel | None = None, experts: int = EXPERTS, dropout: float = 0.0) -> PreTrainedModel:

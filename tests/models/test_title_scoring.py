@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from models.backbone import Backbone, BackboneConfig, load_backbone, load_tokenizer
 from models.decoder import last_token_embeddings
@@ -18,6 +18,7 @@ from models.tiny import TinyConfig
 from models.title_generation import beam_scores, beam_search_titles, generate_free
 from models.title_scoring import title_log_likelihoods
 from models.title_trie import TitleTrie
+from tests.toys import grouped_llama
 
 VOCABULARY, EOS = 50, 2
 
@@ -37,20 +38,7 @@ def titles() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """Two layers with grouped key-value heads, in float64, so that only real differences show."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).double().eval()
+    return grouped_llama(VOCABULARY, EOS).eval()
 
 
 @pytest.fixture(scope="module")

@@ -5,27 +5,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
 
 from data.item_prompts import INSTRUCTION, RESPONSE, ItemPromptBatch, ItemPromptLayout, ItemPromptSettings
 from models.e4srec import E4SRec, E4SRecConfig, OutputConfig
 from models.item_embeddings import ItemTable, ItemTableConfig
 from tests.parity.tolerance import assert_near
+from tests.toys import golden_llama
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def published(meta: dict, tensors: dict[str, Tensor], run: str) -> E4SRec:
     """Our model with their weights, in float64; the adapter of run `base` is zero."""
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=meta["vocab"], hidden_size=meta["hidden"], intermediate_size=meta["intermediate"],
-            num_hidden_layers=meta["layers"], num_attention_heads=meta["heads"], num_key_value_heads=meta["kv_heads"],
-            head_dim=meta["head_dim"], rms_norm_eps=meta["rms_norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": meta["rope_theta"]},
-        )
-    )  # fmt: skip
-    llama.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("llama.")})
+    llama = golden_llama(meta, tensors)
     targets = list(meta["lora_targets"])
     lora = LoraConfig(
         task_type="FEATURE_EXTRACTION", r=meta["lora_r"], lora_alpha=meta["lora_alpha"], target_modules=targets

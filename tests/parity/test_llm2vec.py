@@ -5,24 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
 
 from models.backbone import BackboneConfig, load_backbone, load_tokenizer
 from models.tiny import TinyConfig
 from tests.parity.tolerance import assert_near
+from tests.toys import golden_llama
 
 
 def saved_llama(meta: dict, tensors: dict[str, Tensor], folder: Path) -> str:
     """Their weights as a folder in Hugging Face format, with any tokenizer: the test has its own tokens."""
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=meta["vocab"], hidden_size=meta["hidden"], intermediate_size=meta["intermediate"],
-            num_hidden_layers=meta["layers"], num_attention_heads=meta["heads"], num_key_value_heads=meta["kv_heads"],
-            head_dim=meta["head_dim"], rms_norm_eps=meta["rms_norm_eps"],
-            rope_parameters={"rope_type": "default", "rope_theta": meta["rope_theta"]},
-        )
-    )  # fmt: skip
-    llama.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("llama.")})
+    llama = golden_llama(meta, tensors)
     llama.save_pretrained(folder)
     return str(folder)
 
