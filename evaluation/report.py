@@ -15,7 +15,7 @@ from .plots import comparison, learning_curves
 from .protocols import metric_prefix
 from .run_folders import Run, load_run
 from .significance import PairedDifference, compare_runs
-from .tables import Table, all_metrics_table, headline_table, incomplete_table
+from .tables import Table, all_metrics_table, headline_table, incomplete_table, slices_table
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ def _section(runs: list[Run], number: int) -> Section:
     first, header = runs[0], runs[0].header
     headline = [metric_prefix(header.get("protocol", "full")) + name for name in ("HR@10", "NDCG@10")]
     differences, notes = _paired_tests(runs)
+    tables = [headline_table(runs, headline, differences), all_metrics_table(runs)]
+    if new := slices_table(runs, headline):
+        tables.append(new)
     return Section(
         title=f"{first.results.get('dataset', 'unnamed data')}, split {first.split_hash[:12]}",
         subtitle=", ".join(
@@ -93,7 +96,7 @@ def _section(runs: list[Run], number: int) -> Section:
             )
             if entry in header
         ),
-        tables=[headline_table(runs, headline, differences), all_metrics_table(runs)],
+        tables=tables,
         plots=[
             Plot(
                 f"comparison-{number}.png",

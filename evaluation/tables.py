@@ -59,6 +59,17 @@ def all_metrics_table(runs: list[Run]) -> Table:
     return Table(["run", *names], rows, title="All cutoffs")
 
 
+def slices_table(runs: list[Run], headline: list[str]) -> Table | None:
+    """A row a run and kind of target, new items and known ones; None where the split has no new ones."""
+    names = {"cold": "items that training has not seen", "warm": "all other items"}
+    rows = [
+        [run.name, names[kind], str(part["targets"]), *(_with_interval(part, metric) for metric in headline)]
+        for run in runs
+        for kind, part in run.results["test"].get("slices", {}).items()
+    ]
+    return Table(["run", "targets", "number", *headline], rows, title="New items") if rows else None
+
+
 def incomplete_table(runs: list[Run]) -> Table:
     """How far each run came, and what its folder lacks."""
     rows = [

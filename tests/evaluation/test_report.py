@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.cold_items import with_cold_items
 from data.config import DataConfig
 from data.sources import read
 from data.splits import Split, split
@@ -89,6 +90,22 @@ def test_other_splits_and_protocols_have_tables_of_their_own(sample: Split, tmp_
     runs = [[row[0] for row in section.tables[0].rows[:-1]] for section in sections]
     assert runs == [["one", "three"], ["two"], ["unmasked"]]
     assert len({plot.name for section in sections for plot in section.plots}) == 6
+
+
+def test_new_items_have_a_table_where_there_are_any(sample: Split, tmp_path: Path) -> None:
+    [warm] = build_report([write_run(tmp_path / "warm", sample, 1.0)]).sections
+    assert [table.title for table in warm.tables] == ["", "All cutoffs"]
+    catalog = read(DataConfig(source="sample", sample_users=120)).catalog
+    cold = with_cold_items(sample, catalog, 0.1, seed=0)
+    run = write_run(tmp_path / "cold", cold, 3.0)
+    table = build_report([run]).sections[0].tables[-1]
+    slices = json.loads((run / "results.json").read_text())["test"]["slices"]
+    assert table.title == "New items"
+    assert [row[1:3] for row in table.rows] == [
+        ["items that training has not seen", str(slices["cold"]["targets"])],
+        ["all other items", str(slices["warm"]["targets"])],
+    ]
+    assert [row[3][:6] for row in table.rows] == [f"{slices[kind]['HR@10']:.4f}" for kind in ("cold", "warm")]
 
 
 def damage_nothing_but_log(folder: Path) -> None:
