@@ -2,6 +2,7 @@
 
 python benchmarks/grid.py                                (all cells, and the table of docs/scaling.md)
 python benchmarks/grid.py --rows "bigrec LoRA 4-bit" --strategies zero3     (these cells of it)
+python benchmarks/grid.py --missing                      (cells that have no figure yet; each is kept as soon as it has)
 
 A cell is one run of 50 steps that is stopped after 25 and started again, so its second half comes from a checkpoint.
 Dropout is off, for it differs between processes; everything else is as in any run.
@@ -120,21 +121,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run every method under every strategy.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--missing", action="store_true", help="leave out cells that have a figure")
     arguments = parser.parse_args()
-    whole = arguments.rows == list(ROWS) and arguments.strategies == list(STRATEGIES)
+    whole = arguments.rows == list(ROWS) and arguments.strategies == list(STRATEGIES) and not arguments.missing
     cells = {} if whole else earlier_cells()
-    ran = []
+    known = set(cells) if arguments.missing else set()
+    ran, commit = [], commit_of_clone()  # asked once: writing figures changes the clone
     with TemporaryDirectory() as folder:
         save_inputs(Path(folder))
         for row in arguments.rows:
-            for strategy in dict.fromkeys(("one", *arguments.strategies)):
-                cell = cells[row, strategy] = run_cell(row, strategy, Path(folder))
+            wanted = [strategy for strategy in arguments.strategies if (row, strategy) not in known]
+            for strategy in dict.fromkeys(("one", *wanted)) if wanted else ():  # all are compared with one process
+                cell = cells[row, strategy] = run_cell(row, strategy, Path(folder), commit)
                 ran.append(cell)
                 print(cell, flush=True)
+                write(cells)
+    sys.exit(0 if all(cell.holds for cell in ran) else 1)
+
+
+def write(cells: Mapping[tuple[str, str], Cell]) -> None:
+    """Write all figures, and the table of docs/scaling.md."""
     kept = [asdict(cells[key]) for key in product(ROWS, STRATEGIES) if key in cells]
     RESULTS.write_text(json.dumps({"hardware": hardware(), "cells": kept}, indent=1))
     write_section(ROOT / "docs" / "scaling.md", "benchmarks/grid.py", markdown(cells))
-    sys.exit(0 if all(cell.holds for cell in ran) else 1)
 
 
 def earlier_cells() -> dict[tuple[str, str], Cell]:
@@ -180,7 +189,7 @@ def save_small_backbone(folder: Path) -> Path:
     return folder
 
 
-def run_cell(row: str, strategy: str, folder: Path) -> Cell:
+def run_cell(row: str, strategy: str, folder: Path, commit: str | None) -> Cell:
     """Train half, go on with the other half, and evaluate what was saved in one process."""
     run, started = folder / row.replace(" ", "-") / strategy, time.perf_counter()
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -198,7 +207,7 @@ def run_cell(row: str, strategy: str, folder: Path) -> Cell:
         "resuming" in output,
         same_evaluation(run),
         round(time.perf_counter() - started, 1),
-        commit_of_clone(),
+        commit,
     )
 
 
