@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from models.ensemble import EnsembleConfig
 from models.losses import CHUNK_ROWS
 
 from .config import RunConfig
 from .memory import STRATEGIES, Forecast, Strategy, forecast
+from .methods import METHODS
 from .rehearsal import Rehearsal, rehearse
 
 LOSS_ROWS = CHUNK_ROWS  # one chunk of logits is alive at a time; up to there memory grows faster with the rows
@@ -176,7 +176,7 @@ def flags_that_would_fit(
     `longest` is the longest row in tokens (or events), `gpu_bytes` the memory of one GPU, and `strategy` the name of
     the Accelerate configuration in use. The lines are forecasts. Nothing is returned where nothing is known to fit.
     """
-    if isinstance(config.method, EnsembleConfig):
-        return []  # its members' runs are what would have to be smaller
+    if METHODS[config.model].skeleton is None:
+        return []  # the runs that it begins with are what would have to be smaller
     used = next(known for known in STRATEGIES if known.name == strategy)
     return Planner(config, num_items, longest, num_processes).remedies(gpu_bytes, used)

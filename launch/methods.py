@@ -44,6 +44,8 @@ from .members import build_ensemble
 from .rankllm import build_rankllm
 from .sequences import build_sequence_recommender
 from .setting import Built, Method, Setting
+from .skeletons import item_ids, item_vectors, texts, writers
+from .skeletons.base import next_token
 
 
 def bigrec_prompts(setting: Setting) -> Prompts:
@@ -143,21 +145,23 @@ def build_item_reader(setting: Setting) -> Built:
 
 
 METHODS = {
-    "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts),
-    "dense-retrieval": Method(DenseRetrievalConfig, build_dense_retrieval, has_backbone=True),
-    "dllm2rec-gru4rec": Method(DLLM2RecGRU4RecConfig, build_dllm2rec),
-    "dllm2rec-lrurec": Method(DLLM2RecLRURecConfig, build_dllm2rec),
-    "dllm2rec-sasrec": Method(DLLM2RecSASRecConfig, build_dllm2rec),
-    "e4srec": Method(E4SRecConfig, build_item_reader, has_backbone=True),
+    "bigrec": Method(BIGRecConfig, build_bigrec, has_backbone=True, prompts=bigrec_prompts, skeleton=writers.bigrec),
+    "dense-retrieval": Method(
+        DenseRetrievalConfig, build_dense_retrieval, has_backbone=True, skeleton=texts.dense_retrieval
+    ),
+    "dllm2rec-gru4rec": Method(DLLM2RecGRU4RecConfig, build_dllm2rec, skeleton=item_ids.student),
+    "dllm2rec-lrurec": Method(DLLM2RecLRURecConfig, build_dllm2rec, skeleton=item_ids.student),
+    "dllm2rec-sasrec": Method(DLLM2RecSASRecConfig, build_dllm2rec, skeleton=item_ids.student),
+    "e4srec": Method(E4SRecConfig, build_item_reader, has_backbone=True, skeleton=item_vectors.e4srec),
     "ensemble": Method(EnsembleConfig, build_ensemble),
-    "gru4rec": Method(GRU4RecConfig, build_sequence_recommender),
-    "ilora": Method(ILoRAConfig, build_llara, has_backbone=True, makes_gate=True),
-    "ilora-items": Method(ILoRAItemsConfig, build_item_reader, has_backbone=True, makes_gate=True),
-    "llamarec": Method(LlamaRecConfig, build_llamarec, has_backbone=True),
-    "llara": Method(LLaRAConfig, build_llara, has_backbone=True),
-    "lrurec": Method(LRURecConfig, build_sequence_recommender),
-    "mntp": Method(MNTPConfig, build_mntp, has_backbone=True, ranks=False),
-    "rankllm": Method(RankLLMConfig, build_rankllm, has_backbone=True),
-    "sasrec": Method(SASRecConfig, build_sequence_recommender),
-    "simcse": Method(SimCSEConfig, build_simcse, has_backbone=True, ranks=False),
+    "gru4rec": Method(GRU4RecConfig, build_sequence_recommender, skeleton=item_ids.sequences),
+    "ilora": Method(ILoRAConfig, build_llara, has_backbone=True, makes_gate=True, skeleton=item_vectors.llara),
+    "ilora-items": Method(ILoRAItemsConfig, build_item_reader, has_backbone=True, makes_gate=True, skeleton=next_token),
+    "llamarec": Method(LlamaRecConfig, build_llamarec, has_backbone=True, skeleton=writers.llamarec),
+    "llara": Method(LLaRAConfig, build_llara, has_backbone=True, skeleton=item_vectors.llara),
+    "lrurec": Method(LRURecConfig, build_sequence_recommender, skeleton=item_ids.sequences),
+    "mntp": Method(MNTPConfig, build_mntp, has_backbone=True, ranks=False, skeleton=texts.mntp),
+    "rankllm": Method(RankLLMConfig, build_rankllm, has_backbone=True, skeleton=writers.rankllm),
+    "sasrec": Method(SASRecConfig, build_sequence_recommender, skeleton=item_ids.sequences),
+    "simcse": Method(SimCSEConfig, build_simcse, has_backbone=True, ranks=False, skeleton=texts.simcse),
 }

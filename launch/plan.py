@@ -21,8 +21,8 @@ from data.item_prompts import ItemPromptSettings
 from launch.config import RunConfig, parse_with
 from launch.fitting import Fit, Planner
 from launch.memory import RESERVED, GiB
+from launch.rehearsal import require_forecast
 from models.dllm2rec import DLLM2RecConfig
-from models.ensemble import EnsembleConfig
 
 PAGE_WIDTH = 120  # where there is no terminal to ask
 
@@ -52,9 +52,8 @@ class PlanSettings:
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 when some strategy fits, 1 when none does."""
     config, settings = parse_with(PlanSettings, argv)
-    if isinstance(config.method, EnsembleConfig):
-        sys.exit("error: --model ensemble trains a few hundred numbers: plan the runs that are its members instead")
     try:
+        require_forecast(config)
         planner = Planner(config, settings.num_items, settings.length or longest(config), settings.gpus)
         fits = planner.fits(int(settings.gpu_memory * GiB))
     except ValueError as error:

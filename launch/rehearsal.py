@@ -25,7 +25,8 @@ from models.skeleton import as_fake, packed_side_bytes
 from trainers.live_bytes import LiveBytes
 
 from .config import RunConfig
-from .skeletons import Skeleton, make_skeleton
+from .methods import METHODS
+from .skeletons.base import Skeleton
 
 Device = Literal["cuda", "cpu"]
 PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps parameters up to this size whole on every GPU
@@ -58,7 +59,7 @@ def rehearse(config: RunConfig, num_items: int, length: int, micro_batch: int, d
     """Run forward and backward of `micro_batch` rows of `length` tokens (or events), every one with a label.
 
     `device` decides which kernels are imitated; --train.precision auto is bf16 on both. Raises ValueError, naming the
-    flag, for a backbone whose config.json cannot be read.
+    flag, for a backbone whose config.json cannot be read, and for a model that trains next to nothing.
     """
     skeleton = make_skeleton(config, num_items)
     precision = config.train.precision
@@ -68,6 +69,23 @@ def rehearse(config: RunConfig, num_items: int, length: int, micro_batch: int, d
     with mode:
         batch = skeleton.batch(micro_batch, length)
     return _measure(skeleton, batch, mode, autocast, device)
+
+
+def make_skeleton(config: RunConfig, num_items: int) -> Skeleton:
+    """Return the model that `config` names, for a catalogue of `num_items`; raise ValueError where it has none."""
+    require_forecast(config)
+    make = METHODS[config.model].skeleton
+    assert make is not None
+    return make(config.method, config.backbone, num_items)
+
+
+def require_forecast(config: RunConfig) -> None:
+    """Raise ValueError for a model of which no forecast is made."""
+    if METHODS[config.model].skeleton is None:
+        raise ValueError(
+            f"there is no forecast of --model {config.model}, which trains little beside the runs that it begins with: "
+            "plan those instead"
+        )
 
 
 def _measure(

@@ -18,6 +18,8 @@ from evaluation.results import Evaluation
 from models.backbone import BackboneConfig
 from models.base import Recommender
 
+from .skeletons.base import Skeleton
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -120,3 +122,5 @@ class Method:
     makes_gate: bool = False  # from the user's state, for --backbone.adapter moe-lora
     ranks: bool = True  # else it is a stage, whose validation metric is its loss
     prompts: Callable[[Setting], Prompts] | None = None  # made without loading the model
+    # The model without weights, of its settings, its backbone and so many items; None: no forecast of memory.
+    skeleton: Callable[[Any, BackboneConfig | None, int], Skeleton] | None = None

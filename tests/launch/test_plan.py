@@ -13,17 +13,12 @@ from launch import plan
 from launch.config import RunConfig, parse
 from launch.fitting import Planner, flags_that_would_fit
 from launch.memory import RESERVED, STRATEGIES, GiB, forecast
-from launch.rehearsal import Rehearsal, rehearse
+from launch.rehearsal import Rehearsal, make_skeleton, rehearse
 from launch.sequences import sequence_recommender
-from launch.skeletons import (
-    BIGRecSkeleton,
-    NextToken,
-    RankLLMSkeleton,
-    dense_retrieval_skeleton,
-    llamarec_skeleton,
-    llara_skeleton,
-    make_skeleton,
-)
+from launch.skeletons.base import NextToken
+from launch.skeletons.item_vectors import llara_skeleton
+from launch.skeletons.texts import dense_retrieval_skeleton
+from launch.skeletons.writers import BIGRecSkeleton, RankLLMSkeleton, llamarec_skeleton
 from models.backbone import describe, load_backbone
 from models.base import Recommender
 from models.dense_retrieval_config import DenseRetrievalConfig
@@ -180,9 +175,9 @@ def test_what_bitsandbytes_keeps_outside_autograd_is_seen(folders: dict[str, str
 
 @pytest.mark.parametrize("flags", ["", CHECKPOINTED, "--backbone.quantization 4bit --backbone.lora_dropout 0"])
 def test_a_gated_adapter_is_forecast(flags: str, folders: dict[str, str]) -> None:
-    """For a method that launch/skeletons.py does not know, as far as its backbone goes."""
+    """For a method without a skeleton of its own, as far as its backbone goes."""
     config = settings(f"--model bigrec --train.precision bf16 --backbone.name {{llama}} {flags}", folders)
-    config.model, config.method, config.backbone.adapter = "gated", None, "moe-lora"
+    config.model, config.method, config.backbone.adapter = "ilora-items", None, "moe-lora"
     model = NextToken(load_backbone(config.backbone, None, seed=0, device="cpu", trainable=True)).train()
     expected = rehearse(config, ITEMS, LENGTH, ROWS, device="cpu")
     assert expected.activation_bytes == pytest.approx(saved_bytes(model, config), rel=0.03)
