@@ -46,6 +46,7 @@ def with_cold_items(split: Split, catalog: Catalog, share: float, seed: int) -> 
         split,
         offsets=kept_before[split.offsets],
         items=split.items[kept],
+        ratings=split.ratings[kept] if len(split.ratings) else split.ratings,
         train_end=kept_before[starts + split.train_end] - kept_before[starts],
         valid=moved(split.valid),
         test=moved(split.test),

@@ -46,6 +46,7 @@ class Split:
     hash: str
     raw_users: tuple[str, ...]  # [U]
     cold_items: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # that only test targets name
+    ratings: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [E] of each event; empty: unknown
 
     @property
     def num_users(self) -> int:
@@ -108,6 +109,7 @@ def split(interactions: Interactions, config: DataConfig) -> Split:
         num_items=interactions.catalog.num_items,
         hash=_hash(interactions, offsets, test),
         raw_users=interactions.raw_users,
+        ratings=interactions.rating,
     )
 
 
