@@ -1,5 +1,6 @@
 """What a writer is told of an item or a user, and the texts that need no language model."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -111,6 +112,14 @@ def user_template(words: Words, events: Sequence[Event]) -> str:
         sentences.append(f"Favourites: {_titles(favourites)}.")
     sentences.append(f"Lately {wording.met}: {_titles(events[: -NAMED - 1 : -1])}.")
     return " ".join(sentences)
+
+
+def wording_digest(words: Words, writer: Literal["template", "model"]) -> str:
+    """A hash of what is said around the facts."""
+    events = [Event("A (1990)", ("x",), 1.0), Event("B (1990)", ("y",), 2.0), Event("C", ("z",), None)]
+    of_item, of_user = (item_template, user_template) if writer == "template" else (item_prompt, user_prompt)
+    texts = (of_item(words, "A (1990)", ("x",)), of_user(words, events[:2]), of_user(words, events))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def likes(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
