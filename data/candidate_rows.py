@@ -73,14 +73,16 @@ class UnseenCandidates:
     Raises ValueError when a user has met too much of the catalogue.
     """
 
-    def __init__(self, split: Split, rows: Rows, num_candidates: int) -> None:
+    def __init__(
+        self, split: Split, rows: Rows, num_candidates: int, flag: str = "--method.prompts.num_candidates"
+    ) -> None:
         self.split, self.rows, self.num_candidates = split, rows, num_candidates
         self.targets = split.items[split.offsets[rows.user] + rows.position]
         met = max((len(np.unique(split.training_items(user))) for user in np.unique(rows.user)), default=0)
         if split.num_items - met < num_candidates - 1:
             raise ValueError(
-                f"a user has only {split.num_items - met} unseen items, a prompt needs {num_candidates - 1}: "
-                "lower --method.prompts.num_candidates"
+                f"a user has only {split.num_items - met} unseen items, and {num_candidates - 1} are needed: "
+                f"lower {flag}"
             )
 
     def draw(self, indices: np.ndarray, draws: Draws) -> np.ndarray:

@@ -49,7 +49,7 @@ class DescriptionSettings:
     def __post_init__(self) -> None:
         for name, least in (("profile_every", 0), ("history_length", 1)):
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"--texts.{name} {value}: expected at least {least}")
+                raise ValueError(f"texts.{name} {value}: expected at least {least}")
 
 
 class Subject(NamedTuple):
@@ -112,25 +112,42 @@ class Descriptions:
 
     @classmethod
     def read(cls, folder: Path, split: Split, catalog: Catalog) -> Self:
-        """Read what launch/describe.py wrote of this split; raises ValueError where a text is missing."""
+        """Read what launch/describe.py wrote of this split; raises ValueError where a text is missing.
+
+        Nobody has written of the users of a split without hash: their histories are new. Templates do it here.
+        """
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--method.descriptions {folder} holds no descriptions: {error}") from error
-        settings = DescriptionSettings(**manifest["texts"])
-        known = read_texts(folder)
-        keys = [subject.key(manifest["writer"]) for subject in subjects(split, catalog, settings)]
-        missing = sum(key not in known for key in keys)
+            raise ValueError(f"{folder} holds no descriptions: {error}") from error
+        settings, writer, known = DescriptionSettings(**manifest["texts"]), manifest["writer"], read_texts(folder)
+        everything = list(subjects(split, catalog, settings))
+        templated = [subject.kind == "user" and not split.hash for subject in everything]
+        keys = [subject.key(writer) for subject in everything]
+        missing = sum(key not in known and not own for key, own in zip(keys, templated, strict=True))
         if missing:
             raise ValueError(
-                f"--method.descriptions {folder} lacks {missing} of {len(keys)} texts of split {split.hash[:12]} (it "
-                f"was written for {manifest['split'][:12]}): run launch/describe.py with the --data.* flags of this run"
+                f"{folder} lacks {missing} of {len(keys)} descriptions of split {split.hash[:12]} (it was written for "
+                f"{manifest['split'][:12]}): run launch/describe.py with the --data.* flags of this run"
             )
-        texts = [known[key] for key in keys]
+        texts = [
+            subject.template(settings.words) if own else known[key]
+            for subject, key, own in zip(everything, keys, templated, strict=True)
+        ]
+        return cls._of(texts, split, settings)
+
+    @classmethod
+    def of_templates(cls, split: Split, catalog: Catalog, settings: DescriptionSettings) -> Self:
+        """What needs no folder."""
+        return cls._of([s.template(settings.words) for s in subjects(split, catalog, settings)], split, settings)
+
+    @classmethod
+    def _of(cls, texts: list[str], split: Split, settings: DescriptionSettings) -> Self:
+        """Put the texts of all `subjects` in their places."""
         profiles = Profiles.of(split, settings.profile_every)
         offsets = ends_of(np.bincount(profiles.user, minlength=split.num_users))
-        items = catalog.num_items
-        return cls(["", *texts[:items]], ["", *texts[items:]], offsets, np.concatenate([[0], profiles.as_of]))
+        as_of = np.concatenate([[0], profiles.as_of])
+        return cls(["", *texts[: split.num_items]], ["", *texts[split.num_items :]], offsets, as_of)
 
 
 def subjects(split: Split, catalog: Catalog, settings: DescriptionSettings) -> Iterator[Subject]:

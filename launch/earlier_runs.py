@@ -54,7 +54,7 @@ def require_run(path: Path, flag: str, setting: Setting) -> Run:
     Raises ValueError where it is gone, unfinished, or of another split or catalogue than the run that is built.
     """
     run = load_run(path)
-    if not (path / "model" / "model.safetensors").is_file() or not run.complete:
+    if not (path / "model" / "model.safetensors").is_file() or not run.results:  # which come last
         of = f" of {setting.saved.parent}" if setting.saved is not None else ""
         raise ValueError(
             f"--method.{flag}{of} names {path} (seen from {Path.cwd()}), where there is no finished run: bring it "

@@ -33,6 +33,7 @@ from models.sasrec import SASRecConfig
 from models.simcse import SimCSEConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
+from models.ur4rec.reranking import UR4RecConfig, UR4RecPretrainConfig
 
 from .dense_retrieval import build_dense_retrieval
 from .distillation import build_dllm2rec
@@ -46,6 +47,7 @@ from .sequences import build_sequence_recommender
 from .setting import Built, Method, Setting
 from .skeletons import item_ids, item_vectors, texts, writers
 from .skeletons.base import next_token
+from .ur4rec_lists import build_ur4rec, build_ur4rec_pretrain
 
 
 def bigrec_prompts(setting: Setting) -> Prompts:
@@ -164,4 +166,6 @@ METHODS = {
     "rankllm": Method(RankLLMConfig, build_rankllm, has_backbone=True, skeleton=writers.rankllm),
     "sasrec": Method(SASRecConfig, build_sequence_recommender, skeleton=item_ids.sequences),
     "simcse": Method(SimCSEConfig, build_simcse, has_backbone=True, ranks=False, skeleton=texts.simcse),
+    "ur4rec": Method(UR4RecConfig, build_ur4rec),
+    "ur4rec-pretrain": Method(UR4RecPretrainConfig, build_ur4rec_pretrain, ranks=False),
 }

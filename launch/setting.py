@@ -101,8 +101,9 @@ class Built:
         """Return `evaluation`; raise CannotRank where there is none."""
         if self.held_out is not None:
             raise CannotRank(
-                "it is a stage, which prepares a backbone and ranks nothing: write that out with launch/export.py "
-                "--run RUN --to FOLDER, and train a method with --backbone.name FOLDER"
+                "it is a stage, which prepares a later run and ranks nothing: of mntp and simcse, write the backbone "
+                "out with launch/export.py --run RUN --to FOLDER, and train a method with --backbone.name FOLDER; "
+                "ur4rec begins with a run of ur4rec-pretrain by --method.init"
             )
         if self.evaluation is None:
             raise CannotRank(

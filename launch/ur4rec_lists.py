@@ -1,0 +1,165 @@
+"""UR4Rec of the paper, its first stage and its second, as the table of methods builds them."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from data.batches import Examples
+from data.candidate_lists import COUNT_FLAG, EvaluationLists, TextVectors, TrainingLists
+from data.candidate_rows import shuffled
+from data.descriptions import Descriptions, DescriptionSettings
+from data.draws import Draws
+from data.prompt_rows import PromptSettings, Rows, evaluation_rows, response_rows
+from data.splits import Phase, Split
+from evaluation.results import Evaluation
+from models.backbone import BackboneConfig, load_backbone
+from models.pretrained import load_saved_tokenizer
+from models.sequence_recommender import SequenceRecommender
+from models.text_vectors import text_vectors
+from models.ur4rec.proxies import PreferenceSettings
+from models.ur4rec.reranking import MORE_PLACES, UR4Rec, UR4RecConfig, UR4RecPretrain, UR4RecPretrainConfig
+
+from .candidates import FirstStage, Retriever
+from .earlier_runs import require_run
+from .setting import Built, CannotRank, Setting
+
+logger = logging.getLogger("shardrec")
+
+
+def build_ur4rec_pretrain(setting: Setting) -> Built:
+    config: UR4RecPretrainConfig = setting.method
+    texts_of = text_source(setting, config.preferences)
+    model = UR4RecPretrain(config, setting.catalog.num_items, texts_of(setting.split).items.shape[1])
+    if config.item_vectors is not None and setting.saved is None:
+        with torch.no_grad():
+            model.items.weight.copy_(vectors_of(config.item_vectors, setting, config.hidden_size))
+    split, history = setting.split, PromptSettings(history_length=config.history_length)
+
+    def lists(rows: Rows, cuts: int | None = None) -> Examples:
+        return TrainingLists(split, rows, config.num_candidates, setting.seed, texts_of(split), cuts=cuts)
+
+    def training() -> Examples:
+        return lists(response_rows(split, history), config.cuts)
+
+    return Built(model, training, None, held_out=lambda: lists(evaluation_rows(split, history, "valid")))
+
+
+def build_ur4rec(setting: Setting) -> Built:
+    config: UR4RecConfig = setting.method
+    split, stage = setting.split, None
+    if config.retriever is not None:
+        stage = FirstStage(Retriever(config.retriever, setting), config.num_candidates, COUNT_FLAG, split)
+        if setting.saved is None:
+            stage.report_ceiling()
+    texts_of = text_source(setting, config.preferences) if config.augment else lambda split: None
+    texts = texts_of(split)
+    model = UR4Rec(config, setting.catalog.num_items, 0 if texts is None else texts.items.shape[1])
+    if setting.saved is None:
+        begin(model, config, setting)
+
+    def training() -> Examples:
+        rows = response_rows(split, PromptSettings(history_length=config.history_length))
+        found = stage.candidates(split, "train") if stage is not None and config.negatives == "hard" else None
+        return TrainingLists(split, rows, config.num_candidates, setting.seed, texts, cuts=config.cuts, found=found)
+
+    def listed(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
+        return EvaluationLists(split, phase, config.history_length, candidates, texts_of(split))
+
+    def evaluation(split: Split, phase: Phase) -> Examples:
+        assert stage is not None
+        return listed(split, phase, stage.candidates(split, phase).items)
+
+    def offering(split: Split, phase: Phase, candidates: np.ndarray) -> Examples:
+        most = config.num_candidates + MORE_PLACES
+        if config.ranker == "prm" and candidates.shape[1] > most:
+            raise CannotRank(
+                f"it knows {most} places of a list, and this protocol offers {candidates.shape[1]} candidates: train "
+                f"with {COUNT_FLAG} {candidates.shape[1]}"
+            )
+        return listed(split, phase, shuffled(candidates, Draws.of(setting.seed, 0, np.arange(len(candidates)))))
+
+    def summary(split: Split, evaluation: Evaluation) -> dict[str, Any]:
+        assert stage is not None
+        return stage.figures(split, evaluation)
+
+    own = (evaluation, summary) if stage is not None else (None, None)
+    return Built(model, training, own[0], offering=offering, summary=own[1])
+
+
+def begin(model: UR4Rec, config: UR4RecConfig, setting: Setting) -> None:
+    """Give a new model what earlier runs have learned."""
+    if config.item_vectors is not None:
+        model.set_item_vectors(vectors_of(config.item_vectors, setting, config.hidden_size))
+    if config.init is None:
+        return
+    earlier = setting.load_model(require_run(config.init, "init", setting).folder).model
+    if not isinstance(earlier, UR4RecPretrain):
+        raise ValueError(f"--method.init {config.init} is a run of another model: expected one of ur4rec-pretrain")
+    for name in ("hidden_size", "preferences"):
+        if getattr(earlier.config, name) != getattr(config, name):
+            raise ValueError(
+                f"--method.{name} {getattr(config, name)} is not what --method.init {config.init} was trained with, "
+                f"{getattr(earlier.config, name)}: pass the same flags"
+            )
+    model.begin_with(earlier)
+
+
+def vectors_of(run: Path, setting: Setting, width: int) -> torch.Tensor:
+    """The item vectors of a run of the same data, [N + 1, width]."""
+    model = setting.load_model(require_run(run, "item_vectors", setting).folder).model
+    if not isinstance(model, SequenceRecommender):
+        raise ValueError(f"--method.item_vectors {run} has no item table: expected a run of sasrec, gru4rec or lrurec")
+    if model.config.hidden_size != width:
+        raise ValueError(
+            f"--method.item_vectors {run} has vectors of {model.config.hidden_size} numbers: pass --method.hidden_size "
+            f"{model.config.hidden_size}"
+        )
+    return model.item_table.detach().cpu()
+
+
+def text_source(setting: Setting, settings: PreferenceSettings) -> Any:
+    """A function from a split to its `TextVectors`, which it makes once."""
+
+    def read(split: Split) -> TextVectors:
+        if settings.descriptions is None:
+            found = Descriptions.of_templates(split, setting.catalog, DescriptionSettings())
+        else:
+            found = Descriptions.read(settings.descriptions, split, setting.catalog)
+        of_items = encoded(found.item_texts, settings.encoder, setting.cache)
+        return TextVectors(found, of_items, encoded(found.user_texts, settings.encoder, setting.cache))
+
+    known: dict[int, tuple[Split, TextVectors]] = {}
+
+    def texts_of(split: Split) -> TextVectors:
+        if id(split) not in known:
+            known[id(split)] = (split, read(split))
+        return known[id(split)][1]
+
+    return texts_of
+
+
+def encoded(texts: Sequence[str], encoder: str, folder: Path) -> np.ndarray:
+    """Vectors of texts, [n, T] float16, each distinct text encoded once; the empty one is zeros. Kept in the cache."""
+    distinct = sorted({*texts} - {""})
+    digest = hashlib.sha256("\0".join([encoder, *distinct]).encode()).hexdigest()[:32]
+    file = folder / "text-vectors" / f"{digest}.npy"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):  # the other processes of this host wait for the vectors instead of making them
+        if not file.is_file():
+            logger.info("encoding %d texts with %s", len(distinct), encoder)
+            tokenizer = load_saved_tokenizer(encoder)
+            frozen = BackboneConfig(name=encoder)
+            model = load_backbone(frozen, tokenizer, seed=0, device="cpu", trainable=False, head=False)
+            unfinished = file.with_name(f"{file.stem}.unfinished.npy")
+            np.save(unfinished, text_vectors(model, tokenizer, distinct).half().numpy())
+            unfinished.replace(file)
+    vectors = np.load(file)
+    row_of = {"": 0} | {text: row for row, text in enumerate(distinct, 1)}
+    with_nothing = np.concatenate([np.zeros_like(vectors[:1]), vectors])
+    return with_nothing[[row_of[text] for text in texts]]
