@@ -89,15 +89,16 @@ class TrainingLists(CandidateLists):
         cuts: int | None = None,
         found: CandidateStore | None = None,
     ) -> None:
+        targets, self.found = split.items[split.offsets[rows.user] + rows.position], np.empty((0, num_candidates))
         if found is not None:
-            stored = found.items[cut_rows(split, rows.user, rows.position)]
-            holds = (stored == split.items[split.offsets[rows.user] + rows.position][:, None]).any(axis=1)
-            rows, self.found = rows.take(np.flatnonzero(holds)), stored[holds]
-            if not len(rows.user):
+            stored = found.items[cut_rows(split, rows.user, rows.position)].astype(np.int64)
+            holds = (stored == targets[:, None]).any(axis=1)
+            rows, targets, self.found = rows.take(np.flatnonzero(holds)), targets[holds], stored[holds]
+            if not len(targets):
                 raise ValueError(f"no list of --method.retriever holds its target: raise {COUNT_FLAG}")
         super().__init__(split, rows, texts)
-        self.seed, self.cuts, self.is_found = seed, cuts, found is not None
-        self.unseen = UnseenCandidates(split, rows, num_candidates, COUNT_FLAG)
+        self.seed, self.cuts, self.targets = seed, cuts, targets
+        self.unseen = None if found is not None else UnseenCandidates(split, rows, num_candidates, COUNT_FLAG)
         self.first, self.counts = np.unique(rows.user, return_index=True, return_counts=True)[1:]
         if cuts is not None:
             self.lengths = np.repeat(np.maximum.reduceat(self.lengths, self.first), cuts)
@@ -107,8 +108,8 @@ class TrainingLists(CandidateLists):
         if self.cuts is not None:
             user = indices // self.cuts
             events = self.first[user] + (draws.fractions(CUT, 1)[:, 0] * self.counts[user]).astype(np.int64)
-        candidates = self.found[events] if self.is_found else self.unseen.draw(events, draws)
-        answers = (candidates == self.unseen.targets[events][:, None]).argmax(axis=1)
+        candidates = self.found[events] if self.unseen is None else self.unseen.draw(events, draws)
+        answers = (candidates == self.targets[events][:, None]).argmax(axis=1)
         return replace(self.batch(events, candidates), answers=torch.from_numpy(answers), count=len(events))
 
 

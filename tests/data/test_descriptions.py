@@ -89,7 +89,7 @@ def test_a_torn_line_is_mended_and_a_foreign_one_refused(tmp_path: Path, data) -
     file = tmp_path / TEXTS
     file.write_bytes(file.read_bytes()[:-9])
     assert len(read_texts(tmp_path)) == 4
-    with pytest.raises(ValueError, match=f"lacks {len(everything) - 4} of {len(everything)} texts"):
+    with pytest.raises(ValueError, match=f"lacks {len(everything) - 4} of {len(everything)} descriptions"):
         Descriptions.read(tmp_path, parts, catalog)
     append(tmp_path, "me", [(subject, "a text") for subject in everything[4:]])
     assert len(read_texts(tmp_path)) == len({subject.key("me") for subject in everything})
