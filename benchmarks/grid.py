@@ -59,6 +59,10 @@ DENSE = (
     "--method.log_q true --method.refresh_epochs 0.3 --train.micro_batch_size 16 --backbone.lora_dropout 0"
 ).split()
 TWO_ENCODERS = "--method.two_encoders true --method.learn_temperature true --method.learn_ids true".split()
+UR4REC = (
+    "--model ur4rec --method.hidden_size 32 --method.dropout 0 --method.history_length 6 --method.num_candidates 8 "
+    "--method.cuts 8 --method.preferences.hidden_size 32 --method.preferences.dropout 0"
+).split()
 RANKLLM = [*("--model", "rankllm"), *TINY, *"--method.num_candidates 6 --method.window 4 --method.stride 2".split()]
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],
@@ -97,6 +101,7 @@ ROWS = {
         *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
     ],
     "rankllm float32": [*RANKLLM, "--method.prompts.history_length=4", "--train.precision=fp32"],
+    "ur4rec float32": [*UR4REC, "--train.precision=fp32"],
 }
 
 
@@ -162,8 +167,10 @@ def settings(row: str, inputs: Path) -> list[str]:
     flags = [f"--backbone.name={inputs / 'backbone'}"] if "LoRA" in row else []
     if row.startswith(("llara", "ilora")):
         flags.append(f"--method.sasrec={inputs / 'sasrec'}")
-    if row.startswith(("llamarec", "rankllm")):
+    if row.startswith(("llamarec", "rankllm", "ur4rec")):
         flags += [f"--method.retriever={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
+    if row.startswith("ur4rec"):
+        flags.append(f"--method.preferences.encoder={inputs / 'backbone'}")
     if row.startswith("dllm2rec"):
         flags += [f"--method.teacher={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
     return [*COMMON, *ROWS[row], *flags]

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ logger = logging.getLogger("shardrec")
 def build_ur4rec_pretrain(setting: Setting) -> Built:
     config: UR4RecPretrainConfig = setting.method
     texts_of = text_source(setting, config.preferences)
-    model = UR4RecPretrain(config, setting.catalog.num_items, texts_of(setting.split).items.shape[1])
+    text_width = texts_of(setting.split).items.shape[1]
+    with seeded(setting.seed):
+        model = UR4RecPretrain(config, setting.catalog.num_items, text_width)
     if config.item_vectors is not None and setting.saved is None:
         with torch.no_grad():
             model.items.weight.copy_(vectors_of(config.item_vectors, setting, config.hidden_size))
@@ -59,7 +62,8 @@ def build_ur4rec(setting: Setting) -> Built:
             stage.report_ceiling()
     texts_of = text_source(setting, config.preferences) if config.augment else lambda split: None
     texts = texts_of(split)
-    model = UR4Rec(config, setting.catalog.num_items, 0 if texts is None else texts.items.shape[1])
+    with seeded(setting.seed):
+        model = UR4Rec(config, setting.catalog.num_items, 0 if texts is None else texts.items.shape[1])
     if setting.saved is None:
         begin(model, config, setting)
 
@@ -90,6 +94,14 @@ def build_ur4rec(setting: Setting) -> Built:
 
     own = (evaluation, summary) if stage is not None else (None, None)
     return Built(model, training, own[0], offering=offering, summary=own[1])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights made inside follow from the seed alone: what is read from the cache has drawn no numbers before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def begin(model: UR4Rec, config: UR4RecConfig, setting: Setting) -> None:
