@@ -20,7 +20,7 @@ COUNT_FLAG = "--method.num_candidates"
 
 
 @dataclass(frozen=True)
-class ListBatch:
+class CandidateBatch:
     """B histories with C candidates each, in an order that a ranker may read."""
 
     history: SequenceBatch  # the newest events before each target
@@ -30,11 +30,11 @@ class ListBatch:
     row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
     count: int = 0
 
-    def to(self, device: torch.device) -> "ListBatch":
+    def to(self, device: torch.device) -> "CandidateBatch":
         """Return the same batch on `device`."""
         return on_device(self, device)
 
-    def muted(self) -> "ListBatch":
+    def muted(self) -> "CandidateBatch":
         """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
         assert self.answers is not None
         return replace(self, answers=torch.full_like(self.answers, NO_LABEL), count=0)
@@ -61,13 +61,13 @@ class CandidateLists:
         self.split, self.rows, self.texts = split, rows, texts
         self.lengths = rows.position - rows.start
 
-    def batch(self, events: np.ndarray, candidates: np.ndarray) -> ListBatch:
+    def batch(self, events: np.ndarray, candidates: np.ndarray) -> CandidateBatch:
         """Rows with these candidates, [B, C]."""
         rows = self.rows.take(events)
         counts = rows.position - rows.start
         history = sequences_of(self.split.items[ranges(self.split.offsets[rows.user] + rows.start, counts)], counts)
         texts = None if self.texts is None else self.texts.of(history.items, rows.user, rows.position)
-        return ListBatch(history, torch.from_numpy(candidates.astype(np.int64)), texts)
+        return CandidateBatch(history, torch.from_numpy(candidates.astype(np.int64)), texts)
 
 
 class TrainingLists(CandidateLists):
@@ -103,7 +103,7 @@ class TrainingLists(CandidateLists):
         if cuts is not None:
             self.lengths = np.repeat(np.maximum.reduceat(self.lengths, self.first), cuts)
 
-    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> ListBatch:
+    def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> CandidateBatch:
         draws, events = Draws.of(self.seed, epoch, indices), indices
         if self.cuts is not None:
             user = indices // self.cuts
@@ -124,6 +124,6 @@ class EvaluationLists(CandidateLists):
         super().__init__(split, Rows(targets.user, start, targets.position, targets.position), texts)
         self.candidates = candidates
 
-    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> ListBatch:
+    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> CandidateBatch:
         row = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return replace(self.batch(indices, self.candidates[indices]), row=row)

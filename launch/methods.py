@@ -45,7 +45,7 @@ from .members import build_ensemble
 from .rankllm import build_rankllm
 from .sequences import build_sequence_recommender
 from .setting import Built, Method, Setting
-from .skeletons import item_ids, item_vectors, texts, writers
+from .skeletons import item_ids, item_lists, item_vectors, texts, writers
 from .skeletons.base import next_token
 from .ur4rec_lists import build_ur4rec, build_ur4rec_pretrain
 
@@ -166,6 +166,6 @@ METHODS = {
     "rankllm": Method(RankLLMConfig, build_rankllm, has_backbone=True, skeleton=writers.rankllm),
     "sasrec": Method(SASRecConfig, build_sequence_recommender, skeleton=item_ids.sequences),
     "simcse": Method(SimCSEConfig, build_simcse, has_backbone=True, ranks=False, skeleton=texts.simcse),
-    "ur4rec": Method(UR4RecConfig, build_ur4rec),
-    "ur4rec-pretrain": Method(UR4RecPretrainConfig, build_ur4rec_pretrain, ranks=False),
+    "ur4rec": Method(UR4RecConfig, build_ur4rec, skeleton=item_lists.ur4rec),
+    "ur4rec-pretrain": Method(UR4RecPretrainConfig, build_ur4rec_pretrain, ranks=False, skeleton=item_lists.ur4rec),
 }

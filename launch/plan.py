@@ -23,6 +23,7 @@ from launch.fitting import Fit, Planner
 from launch.memory import RESERVED, GiB
 from launch.rehearsal import require_forecast
 from models.dllm2rec import DLLM2RecConfig
+from models.ur4rec.reranking import UR4RecConfig, UR4RecPretrainConfig
 
 PAGE_WIDTH = 120  # where there is no terminal to ask
 
@@ -69,6 +70,8 @@ def main(argv: list[str]) -> int:
 
 def longest(config: RunConfig) -> int:
     """Return the longest row that a method's settings allow: tokens of a prompt, or events of a history."""
+    if isinstance(config.method, UR4RecConfig | UR4RecPretrainConfig):
+        return config.method.history_length
     prompts = getattr(config.method, "prompts", getattr(config.method, "texts", None))
     if isinstance(prompts, ItemPromptSettings):
         return prompts.max_history

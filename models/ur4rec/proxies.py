@@ -94,7 +94,7 @@ class PreferenceRetriever(nn.Module):
         tokens, texts_BSD = [], None
         if texts_BST is not None:
             tokens.append(self.proxies.expand(len(texts_BST), -1, -1))
-            kinds_SD = self.kinds[[0] + [1] * (texts_BST.shape[1] - 1)]
+            kinds_SD = torch.cat([self.kinds[:1], self.kinds[1:].expand(texts_BST.shape[1] - 1, -1)])
             texts_BSD = self.text_in(texts_BST.float()) + kinds_SD
         if items_BCH is not None:
             tokens.append(self.item_in(items_BCH))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.batches import NO_LABEL
-from data.candidate_lists import ListBatch
+from data.candidate_lists import CandidateBatch
 from models.base import Loss, Recommender, Stage
 from models.gru4rec import GRU4Rec, GRU4RecConfig
 from models.sasrec import SASRec, SASRecConfig
@@ -107,7 +107,7 @@ def require_counts(config: UR4RecPretrainConfig | UR4RecConfig) -> None:
             raise ValueError(f"--method.{name} {value}: expected at least {least}")
 
 
-def real_texts(batch: ListBatch) -> Tensor:
+def real_texts(batch: CandidateBatch) -> Tensor:
     """Where a text stands, [B, 1 + L]: the user's always, if only as a vector of zeros."""
     return F.pad(batch.history.items > 0, (1, 0), value=True)
 
@@ -122,7 +122,7 @@ class UR4RecPretrain(Stage):
         self.retriever = PreferenceRetriever(config.preferences, config.hidden_size, text_width)
         self.match = nn.Linear(config.preferences.hidden_size, 1)
 
-    def loss(self, batch: ListBatch) -> Loss:  # type: ignore[override]
+    def loss(self, batch: CandidateBatch) -> Loss:  # type: ignore[override]
         assert batch.answers is not None
         items_BCH, real_BS = self.items(batch.candidates), real_texts(batch)
         proxies_BKD = self.retriever(None, batch.texts, real_BS)
@@ -144,17 +144,17 @@ def most_similar(proxies_BKD: Tensor, items_BCD: Tensor) -> Tensor:
 
 def contrastive_loss(logits_BC: Tensor, answers_B: Tensor, with_positive: bool) -> Tensor:
     """Sum of -log of exp(positive) over the sum of exp, of all candidates or of the others alone."""
-    labelled = answers_B != NO_LABEL
-    logits, answers = logits_BC[labelled], answers_B[labelled, None]
-    others = logits if with_positive else logits.scatter(1, answers, -torch.inf)
-    return (others.logsumexp(1) - logits.gather(1, answers).squeeze(1)).sum()
+    answers = answers_B.clamp(min=0)[:, None]
+    others = logits_BC if with_positive else logits_BC.scatter(1, answers, -torch.inf)
+    losses_B = others.logsumexp(1) - logits_BC.gather(1, answers).squeeze(1)
+    return losses_B.where(answers_B != NO_LABEL, 0).sum()
 
 
 def matching_loss(logits_BC: Tensor, answers_B: Tensor) -> Tensor:
     """Sum over rows of the mean binary cross-entropy of their candidates."""
-    labelled = answers_B != NO_LABEL
-    wanted = F.one_hot(answers_B[labelled], logits_BC.shape[1]).to(logits_BC.dtype)
-    return F.binary_cross_entropy_with_logits(logits_BC[labelled], wanted, reduction="none").mean(1).sum()
+    wanted = torch.zeros_like(logits_BC).scatter(1, answers_B.clamp(min=0)[:, None], 1.0)
+    losses_B = F.binary_cross_entropy_with_logits(logits_BC, wanted, reduction="none").mean(1)
+    return losses_B.where(answers_B != NO_LABEL, 0).sum()
 
 
 def make_ranker(config: UR4RecConfig, num_items: int, said_width: int) -> ListRanker:
@@ -192,19 +192,19 @@ class UR4Rec(Recommender):
     def set_item_vectors(self, vectors_NH: Tensor) -> None:
         self.ranker.item_embedding.weight.copy_(vectors_NH)
 
-    def list_scores(self, batch: ListBatch) -> Tensor:
+    def list_scores(self, batch: CandidateBatch) -> Tensor:
         """Return the scores of each list, [B, C] float32."""
         items_BCH, said_BCD = self.ranker.item_embedding(batch.candidates), None
         if self.retriever is not None:
             said_BCD = self.retriever(items_BCH, batch.texts, real_texts(batch))
         return self.ranker(batch.history, items_BCH, said_BCD).float()
 
-    def loss(self, batch: ListBatch) -> Loss:  # type: ignore[override]
+    def loss(self, batch: CandidateBatch) -> Loss:  # type: ignore[override]
         assert batch.answers is not None
         losses = F.cross_entropy(self.list_scores(batch), batch.answers, ignore_index=NO_LABEL, reduction="sum")
         return Loss(losses, batch.count)
 
-    def scores(self, batch: ListBatch) -> Tensor:  # type: ignore[override]
+    def scores(self, batch: CandidateBatch) -> Tensor:  # type: ignore[override]
         scores_BC = self.list_scores(batch)
         everything = scores_BC.new_full((len(scores_BC), self.num_items + 1), -torch.inf)
         return everything.scatter(1, batch.candidates, scores_BC)

@@ -16,6 +16,7 @@ from launch.memory import RESERVED, STRATEGIES, GiB, forecast
 from launch.rehearsal import Rehearsal, make_skeleton, rehearse
 from launch.sequences import sequence_recommender
 from launch.skeletons.base import NextToken
+from launch.skeletons.item_lists import TEXT_WIDTH
 from launch.skeletons.item_vectors import llara_skeleton
 from launch.skeletons.texts import dense_retrieval_skeleton
 from launch.skeletons.writers import BIGRecSkeleton, RankLLMSkeleton, llamarec_skeleton
@@ -27,6 +28,7 @@ from models.llara import LLaRAConfig
 from models.rankllm import RankLLMConfig
 from models.skeleton import backbone_skeleton, packed_side_bytes
 from models.tiny import llama_config
+from models.ur4rec.reranking import UR4Rec, UR4RecConfig, UR4RecPretrain, UR4RecPretrainConfig
 
 ITEMS, ROWS, LENGTH = 1000, 4, 96
 SHAPES = Path(__file__).resolve().parents[2] / "launch" / "shapes"
@@ -52,6 +54,10 @@ def settings(flags: str, folders: dict[str, str]) -> RunConfig:
 
 def real_model(config: RunConfig) -> Recommender:
     """The model with weights, without what BIGRec needs for scoring only."""
+    if isinstance(config.method, UR4RecConfig):
+        return UR4Rec(config.method, ITEMS, TEXT_WIDTH).train()
+    if isinstance(config.method, UR4RecPretrainConfig):
+        return UR4RecPretrain(config.method, ITEMS, TEXT_WIDTH).train()
     if config.backbone is None:
         return sequence_recommender(config.method, ITEMS).train()
     if isinstance(config.method, DenseRetrievalConfig):
@@ -143,6 +149,9 @@ MEASURED = [
     "--model lrurec --train.precision fp32 --method.loss gbce",
     "--model gru4rec --train.precision fp32 --method.num_layers 2",
     "--model gru4rec --train.precision bf16",
+    "--model ur4rec --train.precision fp32",
+    "--model ur4rec --train.precision bf16 --method.ranker setrank",
+    "--model ur4rec-pretrain --train.precision fp32",
 ]
 
 

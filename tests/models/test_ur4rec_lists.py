@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.batches import NO_LABEL, SequenceBatch
-from data.candidate_lists import ListBatch
+from data.candidate_lists import CandidateBatch
 from models.ur4rec.proxies import PreferenceRetriever, PreferenceSettings, seen_by
 from models.ur4rec.reranking import (
     UR4Rec,
@@ -26,14 +26,14 @@ ITEMS, TEXT, WIDTH = 30, 6, 8
 SMALL = PreferenceSettings(num_proxies=3, hidden_size=16, num_blocks=2, num_heads=2, dropout=0.0)
 
 
-def a_batch(candidates: int = 5, rows: int = 4, seed: int = 0) -> ListBatch:
+def a_batch(candidates: int = 5, rows: int = 4, seed: int = 0) -> CandidateBatch:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([4, 1, 3, 2])[:rows]
     items = torch.randint(1, ITEMS + 1, (rows, 4), generator=generator) * (torch.arange(4) < lengths[:, None])
     drawn = torch.stack([torch.randperm(ITEMS, generator=generator)[:candidates] + 1 for _ in range(rows)])
     texts = torch.randn(rows, 5, TEXT, generator=generator).half()
     answers = torch.randint(0, candidates, (rows,), generator=generator)
-    return ListBatch(SequenceBatch(items, lengths), drawn, texts, answers, count=rows)
+    return CandidateBatch(SequenceBatch(items, lengths), drawn, texts, answers, count=rows)
 
 
 def a_retriever(**changes: Any) -> PreferenceRetriever:
