@@ -25,6 +25,7 @@ from models.sequence_recommender import SequenceRecommender
 from models.text_vectors import text_vectors
 from models.ur4rec.proxies import PreferenceSettings
 from models.ur4rec.reranking import MORE_PLACES, UR4Rec, UR4RecConfig, UR4RecPretrain, UR4RecPretrainConfig
+from trainers.runtime import best_precision
 
 from .candidates import FirstStage, Retriever
 from .earlier_runs import require_run
@@ -167,9 +168,13 @@ def encoded(texts: Sequence[str], encoder: str, folder: Path) -> np.ndarray:
             logger.info("encoding %d texts with %s", len(distinct), encoder)
             tokenizer = load_saved_tokenizer(encoder)
             frozen = BackboneConfig(name=encoder)
-            model = load_backbone(frozen, tokenizer, seed=0, device="cpu", trainable=False, head=False)
+            # Not Accelerate's device: whoever asks for that joins the launch, and a run is also loaded before.
+            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+            model = load_backbone(frozen, tokenizer, seed=0, device=device, trainable=False, head=False)
+            with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
+                vectors = text_vectors(model, tokenizer, distinct)
             unfinished = file.with_name(f"{file.stem}.unfinished.npy")
-            np.save(unfinished, text_vectors(model, tokenizer, distinct).half().numpy())
+            np.save(unfinished, vectors.half().numpy())
             unfinished.replace(file)
     vectors = np.load(file)
     row_of = {"": 0} | {text: row for row, text in enumerate(distinct, 1)}
