@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def vectors_of(run: Path, setting: Setting, width: int) -> torch.Tensor:
     return model.item_table.detach().cpu()
 
 
-def text_source(setting: Setting, settings: PreferenceSettings) -> Any:
+def text_source(setting: Setting, settings: PreferenceSettings) -> Callable[[Split], TextVectors]:
     """A function from a split to its `TextVectors`, which it makes once."""
 
     def read(split: Split) -> TextVectors:
@@ -144,8 +144,10 @@ def text_source(setting: Setting, settings: PreferenceSettings) -> Any:
             found = Descriptions.of_templates(split, setting.catalog, DescriptionSettings())
         else:
             found = Descriptions.read(settings.descriptions, split, setting.catalog)
-        of_items = encoded(found.item_texts, settings.encoder, setting.cache)
-        return TextVectors(found, of_items, encoded(found.user_texts, settings.encoder, setting.cache))
+        of_items = kept_vectors(found.item_texts, settings.encoder, setting.cache)
+        if not split.hash:  # new histories are asked about once
+            return TextVectors(found, of_items, vectors_now(found.user_texts, settings.encoder))
+        return TextVectors(found, of_items, kept_vectors(found.user_texts, settings.encoder, setting.cache))
 
     known: dict[int, tuple[Split, TextVectors]] = {}
 
@@ -157,26 +159,29 @@ def text_source(setting: Setting, settings: PreferenceSettings) -> Any:
     return texts_of
 
 
-def encoded(texts: Sequence[str], encoder: str, folder: Path) -> np.ndarray:
-    """Vectors of texts, [n, T] float16, each distinct text encoded once; the empty one is zeros. Kept in the cache."""
-    distinct = sorted({*texts} - {""})
-    digest = hashlib.sha256("\0".join([encoder, *distinct]).encode()).hexdigest()[:32]
-    file = folder / "text-vectors" / f"{digest}.npy"
+def kept_vectors(texts: Sequence[str], encoder: str, cache: Path) -> np.ndarray:
+    """What `vectors_now` gives, kept in the cache under a hash of the texts."""
+    digest = hashlib.sha256("\0".join([encoder, *texts]).encode()).hexdigest()[:32]
+    file = cache / "text-vectors" / f"{digest}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):  # the other processes of this host wait for the vectors instead of making them
         if not file.is_file():
-            logger.info("encoding %d texts with %s", len(distinct), encoder)
-            tokenizer = load_saved_tokenizer(encoder)
-            frozen = BackboneConfig(name=encoder)
-            # Not Accelerate's device: whoever asks for that joins the launch, and a run is also loaded before.
-            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-            model = load_backbone(frozen, tokenizer, seed=0, device=device, trainable=False, head=False)
-            with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
-                vectors = text_vectors(model, tokenizer, distinct)
-            unfinished = file.with_name(f"{file.stem}.unfinished.npy")
-            np.save(unfinished, vectors.half().numpy())
+            unfinished = file.with_name(f"{digest}.unfinished.npy")
+            np.save(unfinished, vectors_now(texts, encoder))
             unfinished.replace(file)
-    vectors = np.load(file)
-    row_of = {"": 0} | {text: row for row, text in enumerate(distinct, 1)}
-    with_nothing = np.concatenate([np.zeros_like(vectors[:1]), vectors])
-    return with_nothing[[row_of[text] for text in texts]]
+    return np.load(file)
+
+
+def vectors_now(texts: Sequence[str], encoder: str) -> np.ndarray:
+    """Vectors of texts, [n, T] float16, each distinct text encoded once; those of empty texts are zeros."""
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(["", *texts]))}
+    logger.info("encoding %d texts with %s", len(row_of) - 1, encoder)
+    tokenizer = load_saved_tokenizer(encoder)
+    # Not Accelerate's device: whoever asks for that joins the launch, and a run is also loaded before.
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    frozen = BackboneConfig(name=encoder)
+    model = load_backbone(frozen, tokenizer, seed=0, device=device, trainable=False, head=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
+        vectors = text_vectors(model, tokenizer, list(row_of)).half().numpy()
+    vectors[0] = 0
+    return vectors[[row_of[text] for text in texts]]
