@@ -188,6 +188,16 @@ def test_comparing_rankers_see_the_whole_list(ranker: str, list_matters: bool) -
     assert torch.allclose(scores, again, atol=1e-6) != list_matters
 
 
+def test_dlcm_reads_the_list_from_its_end_and_weighs_each_candidate_by_what_it_has_read() -> None:
+    ranker: Any = a_model("dlcm").ranker
+    x, state, states = torch.randn(2, 5, WIDTH), torch.zeros(1, 2, WIDTH), []
+    for place in range(4, -1, -1):
+        state = ranker.gru(x[:, place : place + 1], state)[1]
+        states.insert(0, state[0])
+    expected = torch.stack([s * ranker.context(states[0]).tanh() for s in states], dim=1)
+    assert torch.allclose(ranker.compare(x), expected, atol=1e-6)
+
+
 def test_history_rankers_start_from_the_vectors_of_ids() -> None:
     model, batch = a_model("sasrec"), a_batch()
     join: Any = model.ranker.join
