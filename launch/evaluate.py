@@ -20,7 +20,7 @@ from evaluation.evaluator import Evaluator, evaluate_popularity
 from evaluation.results import Evaluation, over_draws, write_ranks
 from launch import show
 from launch.loading import load_run, read_data_of
-from launch.measuring import rank
+from launch.measuring import rank, rank_part
 from launch.parser import SettingsParser
 from launch.setting import CannotRank
 from launch.written import mean_over_draws, score_written
@@ -69,12 +69,15 @@ def main(argv: list[str]) -> int:
     model = runtime.accelerator.prepare_model(run.built.model, evaluation_mode=True)
     writes = run.built.titles is not None and run.config.method.scoring == "generate"
     measured, popularity, written = [], [], []
+    of_parts: dict[str, list[Evaluation]] = {name: [] for name in run.built.parts}
     with runtime.watchdog.watching():
         for seed, evaluator in zip(seeds, evaluators, strict=True):
             try:
                 examples = run.built.evaluation_among(parts, config.phase, evaluator.candidates)
                 batches = EvaluationLoader(examples, batch_size, runtime.share, runtime.device)
                 measured.append(rank(run.built, evaluator, model, runtime.watchdog.each(batches)))
+                for name, found in of_parts.items():
+                    found.append(rank_part(run.built, name, evaluator, model, runtime.watchdog.each(batches)))
             except (CannotRank, TooManyFailures) as error:
                 sys.exit(f"error: --run {config.run}: {error}")
             if writes:
@@ -82,7 +85,7 @@ def main(argv: list[str]) -> int:
                 written.append(score_written(run.built, model.eval(), each, targets))
             popularity.append(evaluate_popularity(parts, config.phase, **options, seed=seed))
     if runtime.is_main:
-        write(config, run.config.model, measured, popularity, mean_over_draws(written) if written else None)
+        write(config, run.config.model, measured, popularity, mean_over_draws(written) if written else None, of_parts)
     runtime.close()
     return 0
 
@@ -93,8 +96,12 @@ def write(
     measured: list[Evaluation],
     popularity: list[Evaluation],
     written: dict[str, dict[str, float]] | None,
+    of_parts: dict[str, list[Evaluation]],
 ) -> None:
-    """Write ranks and figures to the run folder, and show the figures; `written` are those of generated text."""
+    """Write ranks and figures to the run folder, and show the figures.
+
+    `written` are those of generated text, `of_parts` those of parts of the model alone.
+    """
     name = f"{config.phase}-{config.protocol}-{config.mask}-{config.ties}"
     folder = config.run / "evaluations"
     for evaluation in measured:
@@ -111,6 +118,10 @@ def write(
         figures, baseline = over_draws(measured), over_draws(popularity)
         table = show.figures_of_draws(f"{title}, {config.draws} draws", model, figures, baseline)
     results = {"model": model, **figures, "popularity": baseline} | ({"written": written} if written else {})
+    if of_parts:
+        results["parts"] = {
+            name: found[0].as_results() if config.draws == 1 else over_draws(found) for name, found in of_parts.items()
+        }
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
     Console(highlight=False).print(table)
     for rule, shares in (written or {}).items():

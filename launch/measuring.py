@@ -136,9 +136,35 @@ def measure_ranking(
         figures["two_stages"] = {
             evaluation.header["phase"]: built.summary(parts, evaluation) for evaluation in (valid, test)
         }
+    if built.parts:
+        figures["parts"] = {
+            name: measure_part(config, built, name, model, parts, runtime, protocol) for name in built.parts
+        }
     if built.distilled is not None and config.evaluation.protocol == "full":
         figures["teacher"] = built.distilled.compare(valid)
     return figures, [valid, test]
+
+
+def measure_part(
+    config: RunConfig, built: Built, name: str, model: nn.Module, parts: Split, runtime: Runtime, protocol: Protocol
+) -> dict[str, Any]:
+    """Return the figures of both phases of one part of a model alone (see `Built.parts`)."""
+    return {
+        phase: rank_part(
+            built,
+            name,
+            Evaluator(parts, phase, **evaluator_options(config, protocol)),
+            model,
+            evaluation_batches(config, built, parts, phase, runtime),
+        ).as_results()
+        for phase in PHASES
+    }
+
+
+def rank_part(built: Built, name: str, evaluator: Evaluator, model: nn.Module, batches: Iterable[Any]) -> Evaluation:
+    """Rank with one part of a method's model alone."""
+    model.eval()
+    return evaluator.run(lambda batch: model(batch, built.parts[name]), batches)
 
 
 def measure_held_out(config: RunConfig, examples: Examples, model: nn.Module, runtime: Runtime) -> dict[str, float]:

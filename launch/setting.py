@@ -1,7 +1,7 @@
 """What the table of methods is made of: what a method is built from, and what building it gives."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ class Built:
     summary: Callable[[Split, Evaluation], dict[str, Any]] | None = None
     reranking: Reranking | None = None  # what a method is made of that ranks an earlier run's candidates
     distilled: Distilled | None = None
+    # Methods of the model, called through its forward, that give the scores of its parts alone, to be measured, too.
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     # Figures of all scoring since they were last asked for, over all processes: for the header of results. Collective.
     scoring_figures: Callable[[], dict[str, Any]] | None = None

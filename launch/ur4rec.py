@@ -1,0 +1,205 @@
+"""UR4Rec V2, built from a run of SASRec, or from the stage before, and the texts of users and items."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.batches import Examples
+from data.descriptions import Descriptions, DescriptionSettings, Profiles, subjects
+from data.preference_batches import EvaluationPreferences, PreferenceRows, ProfileSentences, TrainingPreferences
+from data.splits import Phase, Split
+from data.title_tokens import TokenTable, ends_of
+from evaluation.metrics import per_user_metrics
+from evaluation.protocols import seen_pairs
+from evaluation.ranks import candidate_mask, count_among
+from models.backbone import BackboneConfig, causal_model, load_backbone
+from models.pretrained import load_saved_tokenizer
+from models.text_encoder import TextEncoder
+from models.text_vectors import MAX_TOKENS, text_vectors
+from models.ur4rec.config import UR4RecV2Config
+from models.ur4rec.model import UR4RecV2
+from trainers.runtime import best_precision
+
+from .earlier_runs import AUTOCAST, require_run
+from .llara import inner_sasrec
+from .setting import Built, Setting
+
+logger = logging.getLogger("shardrec")
+
+
+def build_ur4rec_v2(setting: Setting) -> Built:
+    config: UR4RecV2Config = setting.method
+    earlier = earlier_stage(setting, config)
+    sasrec = inner_sasrec(setting, config.sasrec, "", 0) if earlier is None else earlier.sasrec
+    if sasrec is None:
+        raise ValueError("ur4rec-v2 begins with a recommender of item ids: pass --method.sasrec, a run of sasrec")
+    texts = Texts(setting, config)
+    num_users, item_texts = setting.split.num_users, None
+    if setting.saved is not None:
+        num_users, item_texts = saved_sizes(setting.saved, config, setting.catalog.num_items)
+    else:
+        item_texts = texts.of_items()
+    encoder, item_tokens = (texts.encoder(), texts.item_tokens()) if texts.learns else (None, None)
+    model = UR4RecV2(config, sasrec, item_texts, num_users, encoder, item_tokens)
+    if earlier is not None:
+        model.begin_with(earlier)
+
+    def training() -> Examples:
+        rows = texts.rows(setting.split, sasrec.config.window, num_users)
+        return TrainingPreferences(rows, config.cuts, config.num_negatives, setting.seed)
+
+    def evaluation(split: Split, phase: Phase) -> Examples:
+        return EvaluationPreferences(texts.rows(split, sasrec.config.window, num_users), phase)
+
+    def calibrate(prepared: nn.Module, batches: Iterable[Any], held_out: np.ndarray) -> None:
+        finish_model(prepared, model, list(batches), setting.split)
+
+    parts = {"sasrec": "sasrec_scores", "retriever": "retriever_scores"}
+    return Built(model, training, evaluation, calibrate=calibrate, parts=parts)
+
+
+def earlier_stage(setting: Setting, config: UR4RecV2Config) -> UR4RecV2 | None:
+    """The model of --method.init; raises ValueError where that is no run of this method."""
+    if config.init is None:
+        return None
+    require_run(config.init, "init", setting)
+    earlier = setting.load_model(config.init).model
+    if not isinstance(earlier, UR4RecV2):
+        raise ValueError(f"--method.init {config.init} is a run of another model: expected one of ur4rec-v2")
+    return earlier
+
+
+class Texts:
+    """The texts of a run, and what the encoder makes of them."""
+
+    def __init__(self, setting: Setting, config: UR4RecV2Config) -> None:
+        self.setting, self.config = setting, config
+        self.learns = config.train == "end-to-end"
+        self.known: dict[str, Descriptions] = {}
+
+    def descriptions(self, split: Split) -> Descriptions:
+        """Those of --method.descriptions, or made without a language model: so is what a new history is told by."""
+        if split.hash not in self.known:
+            self.known[split.hash] = self._descriptions(split)
+        return self.known[split.hash]
+
+    def _descriptions(self, split: Split) -> Descriptions:
+        catalog, config = self.setting.catalog, self.config
+        if config.descriptions is not None and split.hash:
+            return Descriptions.read(config.descriptions, split, catalog)
+        settings = DescriptionSettings(profile_every=config.profile_every if split.hash else 0)
+        written = [subject.template(settings.words) for subject in subjects(split, catalog, settings)]
+        profiles = Profiles.of(split, settings.profile_every)
+        offsets = ends_of(np.bincount(profiles.user, minlength=split.num_users))
+        items = catalog.num_items
+        as_of = np.concatenate([[0], profiles.as_of])
+        return Descriptions(["", *written[:items]], ["", *written[items:]], offsets, as_of)
+
+    def rows(self, split: Split, window: int, num_users: int) -> PreferenceRows:
+        """What puts the rows of a split together."""
+        profiles = ProfileSentences.of(self.descriptions(split), self.config.profile_sentences)
+        known = bool(split.hash) and split.num_users == num_users
+        encoded = self.tokens(profiles.sentences) if self.learns else self.vectors(profiles.sentences)
+        return PreferenceRows(split, profiles, encoded, window, known)
+
+    def of_items(self) -> Tensor:
+        return self.vectors(self.descriptions(self.setting.split).item_texts)
+
+    def item_tokens(self) -> TokenTable:
+        return self.tokens(self.descriptions(self.setting.split).item_texts)
+
+    def tokens(self, texts: Sequence[str]) -> TokenTable:
+        """The texts' tokens with the special ones around them; the first, empty text has some, too."""
+        tokenizer = load_saved_tokenizer(self.config.encoder)
+        return TokenTable.of(tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"])
+
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Return the texts as vectors [n, T] float16, the first, empty one as zeros; kept in the cache by content."""
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        dtype = AUTOCAST.get(best_precision(device))
+        named = "\0".join([self.config.encoder, str(dtype), *texts])
+        file = self.setting.cache / "text-vectors" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.safetensors"
+        if not file.is_file():
+            logger.info("encoding %d texts, kept in %s", len(texts), file)
+            tokenizer = load_saved_tokenizer(self.config.encoder)
+            with torch.random.fork_rng(devices=[]):  # else the first weights would tell what was in the cache
+                model = load_backbone(self.backbone, tokenizer, seed=0, device=device, trainable=False, head=False)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                vectors = text_vectors(model, tokenizer, texts).half()
+            vectors[0] = 0
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_name(f".{file.stem}.{os.getpid()}.unfinished")
+            save_file({"vectors": vectors}, unfinished)
+            unfinished.replace(file)
+        return load_file(file)["vectors"]
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return BackboneConfig(name=self.config.encoder, dtype="float32")
+
+    def encoder(self) -> TextEncoder:
+        """The text encoder, of which the last layers learn, without dropout: most of it stays as it is."""
+        tokenizer = load_saved_tokenizer(self.config.encoder)
+        model = load_backbone(self.backbone, tokenizer, seed=0, device="cpu", trainable=False, head=False)
+        layers = layers_of(causal_model(model))
+        if not 1 <= self.config.encoder_layers <= len(layers):
+            raise ValueError(f"--method.encoder_layers {self.config.encoder_layers}: expected 1 to {len(layers)}")
+        for layer in layers[-self.config.encoder_layers :]:
+            layer.requires_grad_(True)
+        return TextEncoder(model, "mean")
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The longest list of modules inside a language model: its layers."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def saved_sizes(folder: Path, config: UR4RecV2Config, num_items: int) -> tuple[int, Tensor]:
+    """Return how many users a finished run remembers, and an empty table of its items' texts."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        users = file.get_slice("memory.until").get_shape()[0] if config.memory.enabled else 0
+        return users, torch.zeros(file.get_slice("item_texts").get_shape(), dtype=torch.float16)
+
+
+def finish_model(prepared: nn.Module, model: UR4RecV2, batches: Sequence[Any], split: Split) -> None:
+    """Bring texts and memory up to date with the final weights, then choose the fusion's weight on validation."""
+    prepared.eval()
+    if model.encoder is not None:
+        prepared(batches[0], "keep_texts")
+    if model.memory is not None:
+        for batch in batches:
+            prepared(batch, "remember")
+    if model.config.fusion.sasrec_weight is None:
+        choose_shift(prepared, model, batches, split)
+
+
+def choose_shift(prepared: nn.Module, model: UR4RecV2, batches: Sequence[Any], split: Split) -> None:
+    """Set the shift with the best NDCG@10 on validation; of equal ones the one nearest to the shift there is."""
+    targets = split.target_items("valid")
+    counts: list[tuple[int, int, int, int]] = []
+    for batch in batches:
+        rows = batch.row.cpu().numpy()
+        fused = prepared(batch, "choices").float()
+        seen = (torch.from_numpy(a).to(fused.device) for a in seen_pairs(split, "valid", "full-history", rows))
+        target = torch.from_numpy(targets[rows]).to(fused.device)
+        seen_rows, seen_items = seen
+        for choice, scores in enumerate(fused):
+            allowed = candidate_mask(scores, target, seen_rows, seen_items, None)
+            greater, equal, _ = count_among(scores, target, allowed)
+            counts += zip(rows.tolist(), [choice] * len(rows), greater.tolist(), equal.tolist(), strict=True)
+    everyone = np.unique(np.array(gather_object(counts)), axis=0)  # a loader may repeat rows
+    gain = per_user_metrics(everyone[:, 2], everyone[:, 3], (10,))["NDCG@10"]
+    each = [gain[everyone[:, 1] == choice].mean() for choice in range(len(model.fusion.choices()))]
+    shifts = model.fusion.choices()
+    best = [shift for shift, value in zip(shifts, each, strict=True) if value >= max(each) - 1e-12]
+    model.fusion.shift.copy_(min(best, key=lambda shift: abs(shift.sigmoid() - model.fusion.shift.sigmoid())))
