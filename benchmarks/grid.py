@@ -64,6 +64,10 @@ UR4REC = (
     "--method.cuts 8 --method.preferences.hidden_size 32 --method.preferences.dropout 0"
 ).split()
 RANKLLM = [*("--model", "rankllm"), *TINY, *"--method.num_candidates 6 --method.window 4 --method.stride 2".split()]
+UR4REC_V2 = (
+    "--model ur4rec-v2 --method.cuts 4 --method.hidden_size 16 --method.num_heads 2 --method.history 8 "
+    "--method.dropout 0 --method.fusion.kind user --method.fusion.dropout 0 --method.balance uncertainty"
+).split()
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],
     "sasrec bf16": [*SASREC, "--train.precision=bf16"],
@@ -102,6 +106,7 @@ ROWS = {
     ],
     "rankllm float32": [*RANKLLM, "--method.prompts.history_length=4", "--train.precision=fp32"],
     "ur4rec float32": [*UR4REC, "--train.precision=fp32"],
+    "ur4rec-v2 float32": [*UR4REC_V2, "--train.precision=fp32"],
 }
 
 
@@ -167,10 +172,13 @@ def settings(row: str, inputs: Path) -> list[str]:
     flags = [f"--backbone.name={inputs / 'backbone'}"] if "LoRA" in row else []
     if row.startswith(("llara", "ilora")):
         flags.append(f"--method.sasrec={inputs / 'sasrec'}")
-    if row.startswith(("llamarec", "rankllm", "ur4rec")):
+    if row.startswith(("llamarec", "rankllm", "ur4rec ")):
         flags += [f"--method.retriever={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
-    if row.startswith("ur4rec"):
+    if row.startswith("ur4rec "):
         flags.append(f"--method.preferences.encoder={inputs / 'backbone'}")
+    if row.startswith("ur4rec-v2"):
+        flags += [f"--method.sasrec={inputs / 'sasrec'}", f"--method.encoder={inputs / 'backbone'}"]
+        flags.append(f"--data.cache={inputs / 'cache'}")
     if row.startswith("dllm2rec"):
         flags += [f"--method.teacher={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
     return [*COMMON, *ROWS[row], *flags]

@@ -24,6 +24,8 @@ from launch.memory import RESERVED, GiB
 from launch.rehearsal import require_forecast
 from models.dllm2rec import DLLM2RecConfig
 from models.ur4rec.reranking import UR4RecConfig, UR4RecPretrainConfig
+from models.sasrec import SASRecConfig
+from models.ur4rec.config import UR4RecV2Config
 
 PAGE_WIDTH = 120  # where there is no terminal to ask
 
@@ -77,6 +79,8 @@ def longest(config: RunConfig) -> int:
         return prompts.max_history
     if prompts is not None:
         return prompts.max_length
+    if isinstance(config.method, UR4RecV2Config):
+        return SASRecConfig().window
     return (config.method.student if isinstance(config.method, DLLM2RecConfig) else config.method).window
 
 

@@ -38,6 +38,8 @@ CELLS = [
     ("ilora MoE-LoRA 4-bit, checkpointing", "zero2"),
     ("rankllm float32", "zero3"),
     ("ur4rec float32", "zero3"),
+    ("ur4rec-v2 float32", "ddp"),
+    ("ur4rec-v2 float32", "zero3"),
 ]
 STEPS = 8
 SHORT = ["--train.log_every_steps=1", "--train.save_every_steps=4", "--train.schedule=constant"]

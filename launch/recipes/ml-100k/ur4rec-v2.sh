@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# UR4Rec V2 on MovieLens 100K: SASRec, then the text retriever, then both, then both and the text encoder's last layers.
+# Started again, it goes on where it was stopped. Figures are in docs/methods.md.
+#   launch/recipes/ml-100k/ur4rec-v2.sh [flags for every run, such as --train.seed 1]
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+
+train() { # model, name of the run, then flags
+    accelerate launch launch/train.py --model "$1" --data.source ml-100k --output "runs/ml-100k-$2" "${@:3}"
+}
+
+train sasrec sasrec "$@"
+train ur4rec-v2 ur4rec-v2 --method.sasrec runs/ml-100k-sasrec "$@"
+train ur4rec-v2 ur4rec-v2-joint --method.train joint --method.init runs/ml-100k-ur4rec-v2 \
+    --train.epochs 4 --train.lr 0.0003 --train.lr_multipliers '{"sasrec": 0.5}' "$@"
+train ur4rec-v2 ur4rec-v2-end-to-end --method.train end-to-end --method.init runs/ml-100k-ur4rec-v2-joint \
+    --train.epochs 1 --train.lr 0.0001 --train.lr_multipliers '{"sasrec": 0.5, "encoder": 0.1}' "$@"
+
+for run in ur4rec-v2 ur4rec-v2-joint ur4rec-v2-end-to-end; do
+    accelerate launch launch/evaluate.py --run "runs/ml-100k-$run" --protocol sampled-100
+done
+python launch/report.py runs/ml-100k-sasrec runs/ml-100k-ur4rec-v2* --to runs/ml-100k-ur4rec-v2-report
