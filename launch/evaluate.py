@@ -112,7 +112,8 @@ def write(
     )
     if config.draws == 1:
         figures, baseline = measured[0].as_results(), popularity[0].as_results()
-        table = show.figures(title, model, figures, baseline)
+        alone = {name: found[0].as_results() for name, found in of_parts.items()}
+        table = show.figures(title, model, figures, baseline, alone)
     else:
         name += f"-{config.draws}-draws"
         figures, baseline = over_draws(measured), over_draws(popularity)

@@ -1,6 +1,7 @@
 """What a person sees at the end of a run: the results beside popularity, and a few recommendations."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -41,7 +42,8 @@ def show_results(folder: RunFolder) -> None:
     console = Console(highlight=False)
     if "test" in results:
         title = f"{results['dataset']}, test, {_protocol(results)}"
-        console.print(figures(title, results["model"], results["test"], results["popularity"]))
+        alone = {name: part["test"] for name, part in results.get("parts", {}).items()}
+        console.print(figures(title, results["model"], results["test"], results["popularity"], alone))
     else:  # a stage, which ranks nothing
         table = _table(f"{results['dataset']}, held-out examples", results["model"])
         for metric, value in results["valid"].items():
@@ -61,18 +63,27 @@ def show_results(folder: RunFolder) -> None:
     console.print(f"\ntrained {timing['train_seconds']:.0f} s, {timing['total_seconds']:.0f} s in all. {folder.path}/")
 
 
-def figures(title: str, model: str, measured: dict[str, Any], popularity: dict[str, Any]) -> Table:
-    """Return a table of HR, NDCG and MRR beside popularity; both in the form of `Evaluation.as_results`.
+def figures(
+    title: str,
+    model: str,
+    measured: dict[str, Any],
+    popularity: dict[str, Any],
+    alone: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> Table:
+    """Return a table of HR, NDCG and MRR beside popularity, all in the form of `Evaluation.as_results`.
 
-    Where the split has cold items, targets that are new and all others have a column each.
+    Parts of the model that were measured `alone` have a column each, and, where the split has cold items, so have
+    targets that are new and all others.
     """
     slices = measured.get("slices", {})
-    parts = [f"{name} ({part['targets']:,})" for name, part in slices.items()]
+    parts = [f"{name} alone" for name in alone]
+    parts += [f"{name} ({part['targets']:,})" for name, part in slices.items()]
+    columns = [*alone.values(), *slices.values()]
     table = _table(title, "popularity", model, "95 % interval", *parts)
     for metric in _shown(measured["intervals"]):
         low, high = measured["intervals"][metric]
         means = f"{popularity[metric]:.4f}", f"{measured[metric]:.4f}"
-        table.add_row(metric, *means, f"{low:.4f} to {high:.4f}", *(f"{part[metric]:.4f}" for part in slices.values()))
+        table.add_row(metric, *means, f"{low:.4f} to {high:.4f}", *(f"{part[metric]:.4f}" for part in columns))
     return table
 
 
