@@ -66,7 +66,8 @@ UR4REC = (
 RANKLLM = [*("--model", "rankllm"), *TINY, *"--method.num_candidates 6 --method.window 4 --method.stride 2".split()]
 UR4REC_V2 = (
     "--model ur4rec-v2 --method.cuts 4 --method.hidden_size 16 --method.num_heads 2 --method.history 8 "
-    "--method.dropout 0 --method.fusion.kind user --method.fusion.dropout 0 --method.balance uncertainty"
+    "--method.answers candidate --method.dropout 0 --method.fusion.kind user --method.fusion.dropout 0 "
+    "--method.balance uncertainty"
 ).split()
 ROWS = {
     "sasrec float32": [*SASREC, "--train.precision=fp32"],

@@ -31,7 +31,8 @@ class PreferenceBatch:
     vectors: Tensor | None = None  # [M, T] float16: distinct sentences; row 0 is zero
     tokens: TextBatch | None = None  # M rows, instead of vectors where the encoder learns
     targets: Tensor | None = None  # [R] int64, training only; 0 is no label
-    negatives: Tensor | None = None  # [R, K] int64: items that the user has not met
+    taken: Tensor | None = None  # [2, S] int64, training only: row and item of all that the users took in training
+    negatives: Tensor | None = None  # [R, K] int64: items that the user did not take
     writes: Tensor | None = None  # [R] bool, training only: the row of each user that the memory is written by
     progress: float = 0.0  # epochs trained before the batch's step
     row: Tensor | None = None  # [R] int64, evaluation only: index into split.targets(phase)
@@ -139,10 +140,13 @@ class TrainingPreferences:
         if self.negatives is not None:
             found = self.negatives.draw_each(users, users, counts * self.negatives.count, epoch)
             negatives = torch.from_numpy(found.reshape(len(rows), -1))
+        everything = [split.training_items(int(user)) for user in rows]
+        taken = np.stack([np.repeat(np.arange(len(rows)), list(map(len, everything))), np.concatenate(everything)])
         writes = np.concatenate([np.arange(len(positions)) == writer for positions, writer in drawn])
         return replace(
             self.rows.batch(rows, cuts),
             targets=torch.from_numpy(targets),
+            taken=torch.from_numpy(taken),
             negatives=negatives,
             writes=torch.from_numpy(writes),
             progress=progress,

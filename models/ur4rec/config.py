@@ -68,9 +68,9 @@ class UR4RecV2Config:
     """Last layers of the encoder that end-to-end trains."""
     profile_sentences: int = 8
     """Sentences of a user's text that are read, each as a vector."""
-    answers: Literal["candidate", "user"] = "candidate"
-    """candidate: the experts look anew for each candidate, as published. user: once a user, for the newest event of the
-    history, and candidates are compared with that one answer, which costs a hundredth of the time."""
+    answers: Literal["user", "candidate"] = "user"
+    """user: the experts look once a user, for the newest event of the history, and candidates are compared with that
+    answer. candidate: they look anew for each candidate, as published, which costs a hundred times as much."""
     history: int = 50
     """Newest events that the retriever's experts look at."""
     hidden_size: int = 64
@@ -79,6 +79,8 @@ class UR4RecV2Config:
     """Attention heads; must divide hidden_size."""
     feed_forward_size: int | None = None
     """Inner width of the experts' feed-forward layers; twice hidden_size when not given."""
+    residual: bool = True
+    """Let what goes into the experts' feed-forward layers also pass by them; false: as published."""
     proxies: int = 4
     """Learned vectors that every answer is compared with."""
     dropout: float = 0.2

@@ -93,7 +93,7 @@ class UR4RecV2(Recommender):
         if self.reads_sasrec:
             with torch.set_grad_enabled(self.trains_sasrec and torch.is_grad_enabled()):
                 state, sasrec = self.ask_sasrec(batch)
-        masked, target = met(batch, len(self.item_texts)), batch.targets
+        masked, target = no_candidates(batch, len(self.item_texts)), batch.targets
         if self.config.num_negatives:
             drawn = self.draw(batch, sasrec, masked)
             scores = self.ask_retriever(known, Candidates(*(F.embedding(drawn, table) for table in known.items)))
@@ -279,11 +279,13 @@ def named_weights(model: UR4RecV2) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, model.get_buffer(name)) for name in model.saved_buffers)
 
 
-def met(batch: PreferenceBatch, width: int) -> Tensor:
-    """Return [R, width] bool: padding and the items of each history."""
+def no_candidates(batch: PreferenceBatch, width: int) -> Tensor:
+    """Return [R, width] bool: padding, and what else each user took in training, before the cut or behind it."""
+    assert batch.taken is not None
     mask = torch.zeros(len(batch.cuts), width, dtype=torch.bool, device=batch.cuts.device)
     mask[:, 0] = True
-    return mask.scatter_(1, batch.history.items, True)
+    mask[batch.taken[0], batch.taken[1]] = True
+    return mask
 
 
 def without_padding(scores_RN: Tensor) -> Tensor:

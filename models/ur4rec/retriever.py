@@ -55,12 +55,15 @@ class Projection(nn.Module):
 
 
 class Expert(nn.Module):
-    """x = FFN(q + MHA(q, context, context)). A first slot that is always there says: nothing of this fits."""
+    """x = FFN(z) or z + FFN(z), z = q + MHA(q, context, context).
+
+    A first slot that is always there says: nothing of this fits.
+    """
 
     def __init__(self, config: UR4RecV2Config) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.feed_forward_size or 2 * config.hidden_size
-        self.num_heads = config.num_heads
+        self.num_heads, self.residual = config.num_heads, config.residual
         self.nothing = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -73,7 +76,8 @@ class Expert(nn.Module):
         key, value = (split_heads(part, self.num_heads) for part in self.key_value(slots).chunk(2, dim=-1))
         query = split_heads(self.query(query_RnD), self.num_heads).expand(rows, -1, -1, -1)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=real)
-        return self.feed_forward(query_RnD + self.out(mixed.transpose(1, 2).flatten(2)))
+        x = query_RnD + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(x) if self.residual else self.feed_forward(x)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -231,6 +231,7 @@ OWN_SETTING = {
     "dllm2rec-gru4rec": "method.student.num_layers",
     "dllm2rec-lrurec": "method.student.min_decay",
     "dllm2rec-sasrec": "method.student.num_heads",
+    "ur4rec-v2": "method.cuts",
 }
 
 

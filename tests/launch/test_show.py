@@ -46,6 +46,16 @@ def test_titles_are_no_markup_and_the_held_out_one_is_marked(
     assert "  1. Heat (1995)\n  2. [/b] (1999)  <- held out\n" in shown
 
 
+def test_parts_of_a_model_have_columns(altered: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    results = altered.results()
+    part = results["test"] | {"NDCG@10": 0.98765}
+    altered.write_results(results | {"parts": {"retriever": {"valid": {}, "test": part}}})
+    show_results(altered)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "│ NDCG@10 " in line]
+    assert f"│ {results['test']['NDCG@10']:.4f} │" in row
+    assert row.split("│")[-2].strip() == "0.9877"
+
+
 def test_figures_of_a_protocol(altered: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     results = altered.results()
     for part in ("test", "popularity"):

@@ -28,7 +28,7 @@ from models.ur4rec.config import FusionConfig, MemoryConfig, UR4RecV2Config
 from models.ur4rec.fusion import Fusion, standardised
 from models.ur4rec.losses import Uncertainty, part_loss
 from models.ur4rec.memory import NEVER, Memory
-from models.ur4rec.model import UR4RecV2
+from models.ur4rec.model import UR4RecV2, no_candidates
 from models.ur4rec.retriever import Candidates
 from tests.distributed.test_contrastive import two_processes
 
@@ -64,7 +64,7 @@ def model_of(parts: Split, **settings: Any) -> UR4RecV2:
     torch.manual_seed(0)
     sasrec = SASRec(SASRecConfig(hidden_size=8, window=WINDOW, num_blocks=1), parts.num_items)
     texts = torch.nn.functional.normalize(torch.randn(parts.num_items + 1, TEXT_WIDTH), dim=1).half()
-    config = UR4RecV2Config(**({"hidden_size": 16, "num_heads": 2} | settings))
+    config = UR4RecV2Config(**({"hidden_size": 16, "num_heads": 2, "answers": "candidate"} | settings))
     return UR4RecV2(config, sasrec, texts, parts.num_users)
 
 
@@ -81,6 +81,9 @@ def test_a_profile_has_read_nothing_from_the_target_on(rows: PreferenceRows) -> 
         assert int(cut) - described.as_of[row] < 4, "and it is the newest such text"
         assert target == rows.split.history(int(user), int(cut) + 1)[-1]
         seen += row > 0
+    assert batch.vectors is not None
+    read = batch.vectors[batch.sentences]
+    assert torch.equal(read, rows.encoded[torch.from_numpy(rows.profiles.places[found])]), "it is what the rows hold"
     assert seen > len(found) / 2
 
 
@@ -125,7 +128,13 @@ def test_sentences_are_cut_at_their_ends() -> None:
 def test_unit_length_keeps_the_first_loss_small(rows: PreferenceRows, parts: Split) -> None:
     """As the design notes have it: about 1 with vectors of length 1, about 100 without."""
     batch = TrainingPreferences(rows, cuts=4, negatives=20, seed=0).collate(np.arange(20), 0)
-    settings: dict[str, Any] = {"loss": "published", "num_negatives": 20, "hidden_size": 256, "num_heads": 4}
+    settings: dict[str, Any] = {
+        "loss": "published",
+        "num_negatives": 20,
+        "hidden_size": 256,
+        "num_heads": 4,
+        "residual": False,
+    }
     losses = {}
     for normalize in (True, False):
         model = model_of(parts, normalize=normalize, **settings)
@@ -252,6 +261,20 @@ def test_what_is_written_does_not_depend_on_the_target(rows: PreferenceRows, par
     assert states[0].abs().sum() > 0
 
 
+def test_a_step_writes_only_where_a_trigger_fires(rows: PreferenceRows, parts: Split) -> None:
+    batch = TrainingPreferences(rows, cuts=3, negatives=0, seed=0).collate(np.arange(8), 0)
+    explicit = model_of(parts, memory=MemoryConfig(triggers=["explicit"]))
+    explicit(batch)
+    assert explicit.memory is not None
+    assert (explicit.memory.until == NEVER).all()
+    later = EvaluationPreferences(rows, "valid").collate(np.arange(8))
+    explicit.eval().remember(later)
+    assert explicit.memory.until[later.users].tolist() == later.cuts.tolist()
+    kept = explicit.memory.state.clone()
+    explicit.remember(later)
+    assert torch.equal(explicit.memory.state, kept), "there is nothing new"
+
+
 def memory_of(**settings: Any) -> Memory:
     torch.manual_seed(0)
     return Memory(MemoryConfig(**settings), num_users=4, width=3)
@@ -376,6 +399,19 @@ def test_hard_negatives_are_sasrecs_best_that_were_not_met(rows: PreferenceRows,
         assert drawn[row, 8:11].tolist() == allowed.topk(3).indices.tolist()
     assert isinstance(TrainingPreferences(rows, 2, 10, 0).negatives, UniformNegatives)
     assert torch.isfinite(model(batch).total)
+
+
+def test_what_else_a_user_took_is_no_negative(rows: PreferenceRows, parts: Split) -> None:
+    """In evaluation it is masked, too. Nothing of validation and test is known here."""
+    batch = TrainingPreferences(rows, cuts=3, negatives=0, seed=0).collate(np.array([5, 1]), 0)
+    masked = no_candidates(batch, parts.num_items + 1)
+    assert batch.targets is not None
+    for row, user in enumerate(batch.users.tolist()):
+        assert masked[row].nonzero()[:, 0].tolist() == sorted({0, *parts.training_items(user).tolist()})
+    scores = torch.zeros(masked.shape)
+    loss = part_loss(scores, batch.targets, masked, batch.targets > 0, "softmax")
+    candidates = 1 + parts.num_items - masked[:, 1:].sum(1)  # the target among them
+    torch.testing.assert_close(loss, candidates.float().log().sum())
 
 
 @pytest.mark.parametrize(
