@@ -33,8 +33,8 @@ from models.sasrec import SASRecConfig
 from models.simcse import SimCSEConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
-from models.ur4rec.reranking import UR4RecConfig, UR4RecPretrainConfig
 from models.ur4rec.config import UR4RecV2Config
+from models.ur4rec.reranking import UR4RecConfig, UR4RecPretrainConfig
 
 from .dense_retrieval import build_dense_retrieval
 from .distillation import build_dllm2rec
