@@ -16,6 +16,7 @@ from trainers.state import load_weights
 from .config import RunConfig, parse
 from .methods import METHODS, Built, Setting
 from .run_folder import RunFolder, read_catalog
+from .setting import HISTORIES
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def histories_as_split(histories: list[np.ndarray], catalog: Catalog) -> Split:
     items = np.concatenate([np.append(history, 1) for history in histories]).astype(np.int64)
     cases = Targets(np.arange(len(histories), dtype=np.int64), lengths)
     return Split(
-        name="histories",
+        name=HISTORIES,
         kind="leave-one-out",
         offsets=np.concatenate([[0], np.cumsum(lengths + 1)]),
         items=items,

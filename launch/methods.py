@@ -33,8 +33,8 @@ from models.sasrec import SASRecConfig
 from models.simcse import SimCSEConfig
 from models.tiny import vocabulary_text
 from models.title_grounding import TitleGrounding
-from models.ur4rec.config import UR4RecV2Config
 from models.ur4rec.reranking import UR4RecConfig, UR4RecPretrainConfig
+from models.ur4rec.v2_config import UR4RecV2Config
 
 from .dense_retrieval import build_dense_retrieval
 from .distillation import build_dllm2rec
@@ -46,10 +46,10 @@ from .members import build_ensemble
 from .rankllm import build_rankllm
 from .sequences import build_sequence_recommender
 from .setting import Built, Method, Setting
-from .skeletons import item_ids, item_lists, item_vectors, texts, ur4rec, writers
+from .skeletons import item_ids, item_lists, item_vectors, texts, ur4rec_v2, writers
 from .skeletons.base import next_token
-from .ur4rec import build_ur4rec_v2
 from .ur4rec_lists import build_ur4rec, build_ur4rec_pretrain
+from .ur4rec_v2 import build_ur4rec_v2
 
 
 def bigrec_prompts(setting: Setting) -> Prompts:
@@ -170,5 +170,5 @@ METHODS = {
     "simcse": Method(SimCSEConfig, build_simcse, has_backbone=True, ranks=False, skeleton=texts.simcse),
     "ur4rec": Method(UR4RecConfig, build_ur4rec, skeleton=item_lists.ur4rec),
     "ur4rec-pretrain": Method(UR4RecPretrainConfig, build_ur4rec_pretrain, ranks=False, skeleton=item_lists.ur4rec),
-    "ur4rec-v2": Method(UR4RecV2Config, build_ur4rec_v2, skeleton=ur4rec.ur4rec_v2),
+    "ur4rec-v2": Method(UR4RecV2Config, build_ur4rec_v2, skeleton=ur4rec_v2.ur4rec_v2),
 }

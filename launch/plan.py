@@ -24,8 +24,8 @@ from launch.memory import RESERVED, GiB
 from launch.rehearsal import require_forecast
 from models.dllm2rec import DLLM2RecConfig
 from models.sasrec import SASRecConfig
-from models.ur4rec.config import UR4RecV2Config
 from models.ur4rec.reranking import UR4RecConfig, UR4RecPretrainConfig
+from models.ur4rec.v2_config import UR4RecV2Config
 
 PAGE_WIDTH = 120  # where there is no terminal to ask
 

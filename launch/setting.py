@@ -20,6 +20,8 @@ from models.base import Recommender
 
 from .skeletons.base import Skeleton
 
+HISTORIES = "histories"  # name of a split that is made of given histories, whose users no data set has
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .config import FusionConfig
+from .v2_config import FusionConfig
 
 PUBLISHED_WEIGHT = 0.4  # of SASRec
 STATISTICS = 6  # that a network reads of a pair of rankings

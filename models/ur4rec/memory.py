@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..contrastive import gather_rows
-from .config import MemoryConfig
+from .v2_config import MemoryConfig
 
 NEVER = -1  # beside a number of events: nothing was written of this user
 NO_USER = -1  # beside the number of a user: one that training does not have

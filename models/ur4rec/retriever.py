@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import UR4RecV2Config
 from .memory import MemoryGate
+from .v2_config import UR4RecV2Config
 
 EXPERTS = ("user_text", "item_text", "item_vector")  # what each looks at
 

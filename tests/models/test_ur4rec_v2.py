@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.descriptions import Descriptions, DescriptionSettings, Profiles, subjects
+from data.descriptions import Descriptions, DescriptionSettings
 from data.negatives import UniformNegatives
 from data.preference_batches import (
     NO_USER,
@@ -22,14 +22,13 @@ from data.preference_batches import (
 )
 from data.sources import read
 from data.splits import Split, split
-from data.title_tokens import ends_of
 from models.sasrec import SASRec, SASRecConfig
-from models.ur4rec.config import FusionConfig, MemoryConfig, UR4RecV2Config
 from models.ur4rec.fusion import Fusion, standardised
 from models.ur4rec.losses import Uncertainty, part_loss
 from models.ur4rec.memory import NEVER, Memory
-from models.ur4rec.model import UR4RecV2, no_candidates
 from models.ur4rec.retriever import Candidates
+from models.ur4rec.v2 import UR4RecV2, no_candidates
+from models.ur4rec.v2_config import FusionConfig, MemoryConfig, UR4RecV2Config
 from tests.distributed.test_contrastive import two_processes
 
 WINDOW, TEXT_WIDTH = 12, 24
@@ -45,15 +44,7 @@ def parts() -> Split:
 def rows(parts: Split) -> PreferenceRows:
     config = DataConfig(source="sample", sample_users=40, sample_series=16)
     catalog, settings = read(config).catalog, DescriptionSettings(profile_every=4)
-    written = [subject.template("movie") for subject in subjects(parts, catalog, settings)]
-    profiles = Profiles.of(parts, settings.profile_every)
-    offsets = ends_of(np.bincount(profiles.user, minlength=parts.num_users))
-    described = Descriptions(
-        ["", *written[: parts.num_items]],
-        ["", *written[parts.num_items :]],
-        offsets,
-        np.concatenate([[0], profiles.as_of]),
-    )
+    described = Descriptions.of_templates(parts, catalog, settings)
     sentences = ProfileSentences.of(described, most=4)
     vectors = torch.randn(len(sentences.sentences), TEXT_WIDTH, generator=torch.Generator().manual_seed(1)).half()
     vectors[0] = 0
@@ -182,7 +173,7 @@ def test_candidates_in_parts_have_the_same_scores_and_gradients(
     batch = TrainingPreferences(rows, cuts=2, negatives=0, seed=0).collate(np.arange(4), 0)
     gradients = []
     for at_once in (10_000, 17):
-        monkeypatch.setattr("models.ur4rec.model.AT_ONCE", at_once)
+        monkeypatch.setattr("models.ur4rec.v2.AT_ONCE", at_once)
         model = model_of(parts, dropout=0.0)
         model(batch).total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.retriever.parameters()]))  # type: ignore[union-attr]

@@ -1,8 +1,6 @@
 """UR4Rec V2, built from a run of SASRec, or from the stage before, and the texts of users and items."""
 
-import hashlib
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +9,27 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batches import Examples
-from data.descriptions import Descriptions, DescriptionSettings, Profiles, subjects
+from data.descriptions import Descriptions, DescriptionSettings
 from data.preference_batches import EvaluationPreferences, PreferenceRows, ProfileSentences, TrainingPreferences
 from data.splits import Phase, Split
-from data.title_tokens import TokenTable, ends_of
+from data.title_tokens import TokenTable
 from evaluation.metrics import per_user_metrics
 from evaluation.protocols import seen_pairs
 from evaluation.ranks import candidate_mask, count_among
 from models.backbone import BackboneConfig, causal_model, load_backbone
 from models.pretrained import load_saved_tokenizer
 from models.text_encoder import TextEncoder
-from models.text_vectors import MAX_TOKENS, text_vectors
-from models.ur4rec.config import UR4RecV2Config
-from models.ur4rec.model import UR4RecV2
-from trainers.runtime import best_precision
+from models.text_vectors import MAX_TOKENS
+from models.ur4rec.v2 import UR4RecV2
+from models.ur4rec.v2_config import UR4RecV2Config
 
-from .earlier_runs import AUTOCAST, require_run
+from .earlier_runs import require_run
 from .llara import inner_sasrec
-from .setting import Built, Setting
+from .setting import HISTORIES, Built, Setting
+from .ur4rec_lists import encoded, seeded
 
 logger = logging.getLogger("shardrec")
 
@@ -50,7 +47,8 @@ def build_ur4rec_v2(setting: Setting) -> Built:
     else:
         item_texts = texts.of_items()
     encoder, item_tokens = (texts.encoder(), texts.item_tokens()) if texts.learns else (None, None)
-    model = UR4RecV2(config, sasrec, item_texts, num_users, encoder, item_tokens)
+    with seeded(setting.seed):
+        model = UR4RecV2(config, sasrec, item_texts, num_users, encoder, item_tokens)
     if earlier is not None:
         model.begin_with(earlier)
 
@@ -85,32 +83,24 @@ class Texts:
     def __init__(self, setting: Setting, config: UR4RecV2Config) -> None:
         self.setting, self.config = setting, config
         self.learns = config.train == "end-to-end"
-        self.known: dict[str, Descriptions] = {}
+        self.made: tuple[np.ndarray, ProfileSentences, Tensor | TokenTable] | None = None  # of a split's items
 
     def descriptions(self, split: Split) -> Descriptions:
         """Those of --method.descriptions, or made without a language model: so is what a new history is told by."""
-        if split.hash not in self.known:
-            self.known[split.hash] = self._descriptions(split)
-        return self.known[split.hash]
-
-    def _descriptions(self, split: Split) -> Descriptions:
-        catalog, config = self.setting.catalog, self.config
-        if config.descriptions is not None and split.hash:
+        catalog, config, is_new = self.setting.catalog, self.config, split.name == HISTORIES
+        if config.descriptions is not None and not is_new:
             return Descriptions.read(config.descriptions, split, catalog)
-        settings = DescriptionSettings(profile_every=config.profile_every if split.hash else 0)
-        written = [subject.template(settings.words) for subject in subjects(split, catalog, settings)]
-        profiles = Profiles.of(split, settings.profile_every)
-        offsets = ends_of(np.bincount(profiles.user, minlength=split.num_users))
-        items = catalog.num_items
-        as_of = np.concatenate([[0], profiles.as_of])
-        return Descriptions(["", *written[:items]], ["", *written[items:]], offsets, as_of)
+        settings = DescriptionSettings(profile_every=0 if is_new else config.profile_every)
+        return Descriptions.of_templates(split, catalog, settings)
 
     def rows(self, split: Split, window: int, num_users: int) -> PreferenceRows:
-        """What puts the rows of a split together."""
-        profiles = ProfileSentences.of(self.descriptions(split), self.config.profile_sentences)
-        known = bool(split.hash) and split.num_users == num_users
-        encoded = self.tokens(profiles.sentences) if self.learns else self.vectors(profiles.sentences)
-        return PreferenceRows(split, profiles, encoded, window, known)
+        """What puts the rows of a split together; what is made of its texts serves all splits of the same events."""
+        if self.made is None or self.made[0] is not split.items:
+            profiles = ProfileSentences.of(self.descriptions(split), self.config.profile_sentences)
+            read = self.tokens(profiles.sentences) if self.learns else self.vectors(profiles.sentences)
+            self.made = split.items, profiles, read
+        known_users = split.name != HISTORIES and split.num_users == num_users
+        return PreferenceRows(split, *self.made[1:], window, known_users)
 
     def of_items(self) -> Tensor:
         return self.vectors(self.descriptions(self.setting.split).item_texts)
@@ -124,24 +114,8 @@ class Texts:
         return TokenTable.of(tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"])
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
-        """Return the texts as vectors [n, T] float16, the first, empty one as zeros; kept in the cache by content."""
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        dtype = AUTOCAST.get(best_precision(device))
-        named = "\0".join([self.config.encoder, str(dtype), *texts])
-        file = self.setting.cache / "text-vectors" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.safetensors"
-        if not file.is_file():
-            logger.info("encoding %d texts, kept in %s", len(texts), file)
-            tokenizer = load_saved_tokenizer(self.config.encoder)
-            with torch.random.fork_rng(devices=[]):  # else the first weights would tell what was in the cache
-                model = load_backbone(self.backbone, tokenizer, seed=0, device=device, trainable=False, head=False)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                vectors = text_vectors(model, tokenizer, texts).half()
-            vectors[0] = 0
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f".{file.stem}.{os.getpid()}.unfinished")
-            save_file({"vectors": vectors}, unfinished)
-            unfinished.replace(file)
-        return load_file(file)["vectors"]
+        """Return the texts as vectors [n, T] float16, empty ones as zeros."""
+        return torch.from_numpy(encoded(texts, self.config.encoder, self.setting.cache))
 
     @property
     def backbone(self) -> BackboneConfig:

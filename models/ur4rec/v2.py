@@ -22,11 +22,11 @@ from ..base import Loss, Recommender
 from ..contrastive import gather_rows
 from ..sequence_recommender import SequenceRecommender
 from ..text_encoder import TextEncoder
-from .config import UR4RecV2Config
 from .fusion import Fusion, mixed, standardised
 from .losses import Uncertainty, part_loss
 from .memory import Memory
 from .retriever import Candidates, Retriever, User
+from .v2_config import UR4RecV2Config
 
 AT_ONCE = 2048  # candidates of one pass through the experts
 ITEMS_PER_PASS = 256  # texts are short

@@ -6,8 +6,8 @@ from data.batches import SequenceBatch
 from data.preference_batches import PreferenceBatch
 from models.backbone import BackboneConfig
 from models.sasrec import SASRec, SASRecConfig
-from models.ur4rec.config import UR4RecV2Config
-from models.ur4rec.model import UR4RecV2
+from models.ur4rec.v2 import UR4RecV2
+from models.ur4rec.v2_config import UR4RecV2Config
 
 from .base import Skeleton
 
