@@ -29,7 +29,7 @@ from models.ur4rec.v2_config import UR4RecV2Config
 from .earlier_runs import require_run
 from .llara import inner_sasrec
 from .setting import HISTORIES, Built, Setting
-from .ur4rec_lists import encoded, seeded
+from .ur4rec_lists import kept_vectors, seeded, vectors_now
 
 logger = logging.getLogger("shardrec")
 
@@ -97,7 +97,8 @@ class Texts:
         """What puts the rows of a split together; what is made of its texts serves all splits of the same events."""
         if self.made is None or self.made[0] is not split.items:
             profiles = ProfileSentences.of(self.descriptions(split), self.config.profile_sentences)
-            read = self.tokens(profiles.sentences) if self.learns else self.vectors(profiles.sentences)
+            is_new = split.name == HISTORIES
+            read = self.tokens(profiles.sentences) if self.learns else self.vectors(profiles.sentences, keep=not is_new)
             self.made = split.items, profiles, read
         known_users = split.name != HISTORIES and split.num_users == num_users
         return PreferenceRows(split, *self.made[1:], window, known_users)
@@ -113,9 +114,12 @@ class Texts:
         tokenizer = load_saved_tokenizer(self.config.encoder)
         return TokenTable.of(tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"])
 
-    def vectors(self, texts: Sequence[str]) -> Tensor:
-        """Return the texts as vectors [n, T] float16, empty ones as zeros."""
-        return torch.from_numpy(encoded(texts, self.config.encoder, self.setting.cache))
+    def vectors(self, texts: Sequence[str], *, keep: bool = True) -> Tensor:
+        """Return the texts as vectors [n, T] float16, empty ones as zeros; those of new histories are not kept."""
+        encoder = self.config.encoder
+        return torch.from_numpy(
+            kept_vectors(texts, encoder, self.setting.cache) if keep else vectors_now(texts, encoder)
+        )
 
     @property
     def backbone(self) -> BackboneConfig:
