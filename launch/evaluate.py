@@ -6,9 +6,9 @@ accelerate launch launch/evaluate.py --run runs/NAME --protocol candidates-20 --
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
 
@@ -53,6 +53,17 @@ class EvaluateConfig(EvaluationConfig):
             raise ValueError(f"--cutoffs {[*self.cutoffs]}: expected at least one, each at least 1")
 
 
+@dataclass
+class Measured:
+    """What was found, an entry a draw of candidates."""
+
+    parts: dict[str, list[Evaluation]]  # of the model alone, where the method has any
+    ranked: list[Evaluation] = field(default_factory=list)
+    popularity: list[Evaluation] = field(default_factory=list)
+    written: list[dict[str, dict[str, float]]] = field(default_factory=list)  # of generated text
+    stages: dict[str, Any] | None = None  # what a ranking of retrieved candidates means
+
+
 def main(argv: list[str]) -> int:
     parser = SettingsParser(prog="launch/evaluate.py", description=__doc__)
     config = parser.read_as(EvaluateConfig, argv)
@@ -68,66 +79,60 @@ def main(argv: list[str]) -> int:
     batch_size = config.batch_size or run.config.train.eval_batch_size
     model = runtime.accelerator.prepare_model(run.built.model, evaluation_mode=True)
     writes = run.built.titles is not None and run.config.method.scoring == "generate"
-    measured, popularity, written = [], [], []
-    of_parts: dict[str, list[Evaluation]] = {name: [] for name in run.built.parts}
+    found = Measured(parts={name: [] for name in run.built.parts})
     with runtime.watchdog.watching():
         for seed, evaluator in zip(seeds, evaluators, strict=True):
             try:
                 examples = run.built.evaluation_among(parts, config.phase, evaluator.candidates)
                 batches = EvaluationLoader(examples, batch_size, runtime.share, runtime.device)
-                measured.append(rank(run.built, evaluator, model, runtime.watchdog.each(batches)))
-                for name, found in of_parts.items():
-                    found.append(rank_part(run.built, name, evaluator, model, runtime.watchdog.each(batches)))
+                found.ranked.append(rank(run.built, evaluator, model, runtime.watchdog.each(batches)))
+                for name, alone in found.parts.items():
+                    alone.append(rank_part(run.built, name, evaluator, model, runtime.watchdog.each(batches)))
             except (CannotRank, TooManyFailures) as error:
                 sys.exit(f"error: --run {config.run}: {error}")
             if writes:
                 each, targets = runtime.watchdog.each(batches), parts.target_items(config.phase)
-                written.append(score_written(run.built, model.eval(), each, targets))
-            popularity.append(evaluate_popularity(parts, config.phase, **options, seed=seed))
+                found.written.append(score_written(run.built, model.eval(), each, targets))
+            found.popularity.append(evaluate_popularity(parts, config.phase, **options, seed=seed))
+        if run.built.summary is not None and config.protocol == "full":
+            found.stages = run.built.summary(parts, found.ranked[0])
     if runtime.is_main:
-        write(config, run.config.model, measured, popularity, mean_over_draws(written) if written else None, of_parts)
+        write(config, run.config.model, found)
     runtime.close()
     return 0
 
 
-def write(
-    config: EvaluateConfig,
-    model: str,
-    measured: list[Evaluation],
-    popularity: list[Evaluation],
-    written: dict[str, dict[str, float]] | None,
-    of_parts: dict[str, list[Evaluation]],
-) -> None:
-    """Write ranks and figures to the run folder, and show the figures.
-
-    `written` are those of generated text, `of_parts` those of parts of the model alone.
-    """
+def write(config: EvaluateConfig, model: str, found: Measured) -> None:
+    """Write ranks and figures to the run folder, and show the figures."""
     name = f"{config.phase}-{config.protocol}-{config.mask}-{config.ties}"
-    folder = config.run / "evaluations"
-    for evaluation in measured:
+    folder, header = config.run / "evaluations", found.ranked[0].header
+    for evaluation in found.ranked:
         seed = f"-seed{evaluation.header['seed']}" if config.draws > 1 else ""
         write_ranks(evaluation, folder / f"{name}{seed}.parquet")
-    title = (
-        f"{measured[0].header['dataset']}, {config.phase}, {config.protocol}, mask {config.mask}, ties {config.ties}"
-    )
+    title = f"{header['dataset']}, {config.phase}, {config.protocol}, mask {config.mask}, ties {config.ties}"
+    figures, baseline = in_short(found.ranked), in_short(found.popularity)
+    alone = {part: in_short(evaluations) for part, evaluations in found.parts.items()}
     if config.draws == 1:
-        figures, baseline = measured[0].as_results(), popularity[0].as_results()
-        alone = {name: found[0].as_results() for name, found in of_parts.items()}
         table = show.figures(title, model, figures, baseline, alone)
     else:
         name += f"-{config.draws}-draws"
-        figures, baseline = over_draws(measured), over_draws(popularity)
         table = show.figures_of_draws(f"{title}, {config.draws} draws", model, figures, baseline)
-    results = {"model": model, **figures, "popularity": baseline} | ({"written": written} if written else {})
-    if of_parts:
-        results["parts"] = {
-            name: found[0].as_results() if config.draws == 1 else over_draws(found) for name, found in of_parts.items()
-        }
+    written = mean_over_draws(found.written) if found.written else {}
+    more = {"parts": alone, "two_stages": found.stages, "written": written}
+    results = {"model": model, **figures, "popularity": baseline} | {key: value for key, value in more.items() if value}
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
-    Console(highlight=False).print(table)
-    for rule, shares in (written or {}).items():
+    console = Console(highlight=False)
+    console.print(table)
+    if found.stages is not None:
+        console.print(show.stages(found.stages, figures))
+    for rule, shares in written.items():
         print(f"texts, {rule} rule: " + ", ".join(f"{name} {share:.4f}" for name, share in shares.items()))
     print(f"written to {folder / name}.json")
+
+
+def in_short(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """The figures of the only draw, or means over several with their spread."""
+    return evaluations[0].as_results() if len(evaluations) == 1 else over_draws(evaluations)
 
 
 if __name__ == "__main__":

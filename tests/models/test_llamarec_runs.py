@@ -58,6 +58,9 @@ def test_figures_of_both_stages(tmp_path: Path, retriever: Path, cache: Path) ->
     assert measured["NDCG@10"] == pytest.approx(found["test"]["NDCG@10"], abs=1e-6), (
         "the weight that was chosen is kept"
     )
+    for part in ("subset", "retriever", "retriever_subset"):
+        assert measured["two_stages"][part] == pytest.approx(found["two_stages"]["test"][part], abs=1e-6)
+    assert f"retrieved: {measured['two_stages']['recall']:.4f} of the targets" in again.text()
     offered = start("--protocol=candidates-20", output=output, script="evaluate")
     assert offered.wait() != 0
     assert "8 identifiers" in offered.text()
