@@ -231,6 +231,8 @@ OWN_SETTING = {
     "dllm2rec-gru4rec": "method.student.num_layers",
     "dllm2rec-lrurec": "method.student.min_decay",
     "dllm2rec-sasrec": "method.student.num_heads",
+    "ur4rec": "method.retriever",
+    "ur4rec-pretrain": "method.history_length",
     "ur4rec-v2": "method.cuts",
 }
 
