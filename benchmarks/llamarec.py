@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.contest import spread
 from benchmarks.document import hardware, write_section
-from benchmarks.moe_lora import spread
 from data.candidate_store import CandidateStore
 from data.config import DataConfig
 from data.identifiers import LETTERS, Identifiers, resolve

@@ -9,7 +9,6 @@ expert's output, [B, L, K, out]; it is restated here and checked to give the sam
 """
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.contest import spread
 from benchmarks.document import hardware, write_section
 from models.moe_lora import MoELoRALinear, add_moe_lora
 
@@ -204,11 +204,6 @@ def take_turns(steps: dict[str, Step]) -> dict[str, list[float]]:
             step().backward()
             times[name].append(time.perf_counter() - started)
     return {name: seconds[1:] for name, seconds in times.items()}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": round(median, 4), "lower_quartile": round(low, 4), "upper_quartile": round(high, 4)}
 
 
 if __name__ == "__main__":

@@ -67,26 +67,16 @@ def measure(strategy: str, folder: Path) -> dict[str, Any]:
 
 def work(argv: list[str]) -> None:
     """Train as launch/train.py does, and write what this process then holds."""
-    from launch.config import parse
-    from launch.run_folder import RunFolder
-    from launch.train import Runtime, Stop, build, load_data, make_trainer, set_up_logging
+    from benchmarks.training import make_trainer_of
+    from trainers.signals import Stop
 
-    config = parse(argv)
-    runtime = Runtime(config.train.precision, config.train.trackers, config.output)
-    set_up_logging(runtime)
-    folder = RunFolder(config.output)
-    interactions, parts = load_data(config, runtime)
-    built = build(config, interactions, parts, runtime)
-    if runtime.is_main:
-        folder.begin(config, runtime)
-    runtime.wait()
     with Stop() as stop:
-        trainer = make_trainer(config, built, parts, runtime, folder, stop)
+        trainer = make_trainer_of(argv, stop)
         with trainer.tracking:
             trainer.train()
-    if runtime.is_main:
-        (folder.path / "held.json").write_text(json.dumps(held(trainer)))
-    runtime.close()
+    if trainer.runtime.is_main:
+        (trainer.folder / "held.json").write_text(json.dumps(held(trainer)))
+    trainer.runtime.close()
 
 
 def held(trainer: Any) -> dict[str, int]:

@@ -1,0 +1,169 @@
+"""Contestants that take turns at the same work, and what is kept of it: shared by all comparisons.
+
+A contestant is a process of its own where it needs its own environment or its own peak of memory; between its rounds
+it waits and takes no processor time. Standard library only at the top, for peers' environments import this file.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PEERS = ROOT / ".venv-bench" / "bin" / "python"  # where peers are that clash with our own versions
+
+Round = dict[str, float]  # "seconds", and what else a contestant tells of a round
+
+
+class Turns:
+    """A contestant's own side: it says when it is ready, then does as many steps as it is told, and waits again."""
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # whatever libraries print goes elsewhere
+        self._left, self._started = 0, 0.0
+
+    def ready(self, **facts: Any) -> None:
+        """Tell what will be timed: versions, threads, parameters."""
+        self._before = _peak_memory()
+        self._tell(facts)
+
+    def step(self, report: Callable[[], Mapping[str, float]]) -> None:
+        """Call before every step; `report` tells of the round that has ended, its loss for example."""
+        if self._left == 0:
+            if self._started:
+                self._finish(time.perf_counter() - self._started, report())
+            self._left = self._next_turn()
+            self._started = time.perf_counter()
+        self._left -= 1
+
+    def serve(self, work: Callable[[int], Mapping[str, float]]) -> NoReturn:
+        """Do rounds of a given size until the contest is over; for what has no training loop of its own."""
+        while True:
+            size, started = self._next_turn(), time.perf_counter()
+            report = work(size)
+            self._finish(time.perf_counter() - started, report)
+
+    def _finish(self, seconds: float, report: Mapping[str, float]) -> None:
+        memory = {"peak_memory": _peak_memory(), "memory_before": self._before}
+        self._tell({"seconds": seconds, **memory, **report})
+
+    def _next_turn(self) -> int:
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)  # the contest is over, and nothing is to be saved
+        return int(line)
+
+    def _tell(self, values: Mapping[str, Any]) -> None:
+        self._answers.write(json.dumps(values) + "\n")
+
+
+class Contestant:
+    """The referee's side of a process that has `Turns`."""
+
+    def __init__(self, command: list[str], threads: int, interpreter: Path = Path(sys.executable)) -> None:
+        if not interpreter.is_file():
+            sys.exit(f"error: {interpreter} is missing: `make peers` makes it")
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
+        self._process = subprocess.Popen(
+            [str(interpreter), *command],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        self.facts = self._answer()
+
+    def round(self, size: int) -> Round:
+        """Let it do `size` steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{size}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"{self._process.args!r} ended early:\n{self._log.read()[-4000:]}")
+        return json.loads(line)
+
+
+def take_turns(contestants: Mapping[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
+    """Return the rounds of each, one after the other in every repeat; a first one warms up and is not counted."""
+    rounds: dict[str, list[Round]] = {name: [] for name in contestants}
+    for _ in range(repeats + 1):
+        for name, play in contestants.items():
+            rounds[name].append(play())
+            print(name, {key: float(f"{value:.4g}") for key, value in rounds[name][-1].items()}, flush=True)
+    return {name: played[1:] for name, played in rounds.items()}
+
+
+def timed(work: Callable[[], Mapping[str, float] | None]) -> Callable[[], Round]:
+    """Return a contestant of this process; `work` may tell of its round."""
+
+    def play() -> Round:
+        started = time.perf_counter()
+        told = work()
+        return {"seconds": time.perf_counter() - started, **(told or {})}
+
+    return play
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": round(median, 4), "lower_quartile": round(low, 4), "upper_quartile": round(high, 4)}
+
+
+def compare(
+    rounds: Mapping[str, list[Round]],
+    what: str,
+    ours: str,
+    peer: str,
+    *,
+    key: str = "seconds",
+    unit: str = "s",
+    aim: float,
+    beside: str = "",
+) -> dict[str, Any]:
+    """Return a row of the table of docs/results.md: a figure that should be small, and the peer's over ours.
+
+    Ratios are taken within a repeat. `beside` tells of quality where the work differs.
+    """
+    here, there = ([played[key] for played in rounds[name]] for name in (ours, peer))
+    ratio = [slow / quick for quick, slow in zip(here, there, strict=True)]
+    spreads = {"here": spread(here), "there": spread(there), "ratio": spread(ratio)}
+    return {"what": what, "ours": ours, "peer": peer, "unit": unit, "aim": aim, "beside": beside, **spreads}
+
+
+def keep(
+    name: str,
+    command: str,
+    settings: Mapping[str, Any],
+    rounds: Mapping[str, list[Round]],
+    comparisons: list[dict[str, Any]],
+) -> None:
+    """Write what was measured, with the machine that it was measured on, for benchmarks/speed.py."""
+    from benchmarks.document import hardware
+
+    report = {"command": command, "hardware": hardware(), **settings, "rounds": rounds, "comparisons": comparisons}
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    for row in comparisons:
+        print(f"{row['what']}: {row['ratio']['median']:.2f} times {row['peer']}, aim {row['aim']} {row['beside']}")
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

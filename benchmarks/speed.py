@@ -1,0 +1,83 @@
+"""Write the table and the chart of docs/results.md from what the comparisons have left in benchmarks/results/.
+
+python benchmarks/speed.py
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+from benchmarks.contest import RESULTS, ROOT
+from benchmarks.document import write_section
+
+COMMAND = "benchmarks/speed.py"
+CHART = ROOT / "docs" / "speed.svg"
+
+
+def main() -> None:
+    reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("speed-*.json"))]
+    rows = [row | {"command": report["command"]} for report in reports for row in report["comparisons"]]
+    text = markdown(rows, reports[0]["hardware"])
+    write_section(ROOT / "docs" / "results.md", COMMAND, text)
+    draw(rows, CHART)
+    print(text)
+
+
+def markdown(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """Return one line a comparison."""
+    lines = [
+        f"{machine['device']}, two threads, torch {machine['packages']['torch']}; medians, and quartiles of the ratio.",
+        "",
+        "| what | here | peer | ratio | aim | beside it | command |",
+        "|" + " --- |" * 7,
+    ]
+    for row in rows:
+        ratio = row["ratio"]
+        cells = (
+            f"{row['what']} ({row['ours']})",
+            f"{figure(row['here']['median'])} {row['unit']}",
+            f"{row['peer']}: {figure(row['there']['median'])} {row['unit']}",
+            f"**{ratio['median']:.1f}** ({ratio['lower_quartile']:.1f} to {ratio['upper_quartile']:.1f})",
+            f"{row['aim']:g}",
+            row["beside"],
+            f"`{row['command'].removeprefix('benchmarks/')}`",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figure(value: float) -> str:
+    """Return three digits of a figure."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw the ratios on a logarithmic axis, with what was aimed at."""
+    pyplot.rcParams["svg.hashsalt"] = "speed"  # the same figures make the same file
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.42 * len(rows)), layout="constrained")
+    for place, row in enumerate(reversed(rows)):
+        ratio = row["ratio"]
+        median = ratio["median"]
+        reached = median >= row["aim"]
+        around = [[median - ratio["lower_quartile"]], [ratio["upper_quartile"] - median]]
+        axes.barh(place, median, xerr=around, color="#4878a8" if reached else "#c8b48c", height=0.6, capsize=2)
+        axes.plot([row["aim"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        axes.annotate(f" {median:.1f}", (max(median, ratio["upper_quartile"]), place), va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [f"{row['what']}, {row['ours']} / {row['peer']}" for row in reversed(rows)])
+    axes.set_xscale("log")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("times as fast, or as lean, as the peer (line: the aim)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

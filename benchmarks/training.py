@@ -1,0 +1,62 @@
+"""The project's own training loop as a contestant."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.contest import Turns
+from data.loaders import Step, TrainingLoader
+from launch.config import parse
+from launch.run_folder import RunFolder
+from launch.train import Runtime, Stop, build, load_data, make_trainer, set_up_logging
+from trainers.loop import Trainer
+
+
+class TurnsLoader(TrainingLoader):
+    """A loader that hands out a step only when it is this contestant's turn."""
+
+    def __init__(self, loader: TrainingLoader, turns: Turns, metrics: Path) -> None:
+        vars(self).update(vars(loader))
+        self.turns, self.metrics = turns, metrics
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
+        for step in super().epoch(epoch, first_step):
+            self.turns.step(self._report)
+            yield step
+
+    def _report(self) -> dict[str, float]:
+        """The last line that the loop has logged, whose means are over the round that has ended."""
+        line = json.loads(self.metrics.read_text().splitlines()[-1])
+        return {"loss": line["loss"]}
+
+
+def train(argv: list[str], turns: Turns) -> None:
+    """Train as launch/train.py does, a round at a time; never returns."""
+    with Stop() as stop:
+        trainer = make_trainer_of(argv, stop)
+        trainer.loader = TurnsLoader(trainer.loader, turns, trainer.folder / "metrics.jsonl")
+        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        turns.ready(
+            precision=trainer.runtime.precision,
+            threads=torch.get_num_threads(),
+            parameters=sum(p.numel() for p in parameters),
+            steps_per_epoch=trainer.loader.steps_per_epoch,
+        )
+        with trainer.tracking:
+            trainer.train()
+
+
+def make_trainer_of(argv: list[str], stop: Stop) -> Trainer:
+    """Return what launch/train.py trains with, given its flags."""
+    config = parse(argv)
+    runtime = Runtime(config.train.precision, config.train.trackers, config.output)
+    set_up_logging(runtime)
+    folder = RunFolder(config.output)
+    interactions, parts = load_data(config, runtime)
+    built = build(config, interactions, parts, runtime)
+    if runtime.is_main:
+        folder.begin(config, runtime)
+    runtime.wait()
+    return make_trainer(config, built, parts, runtime, folder, stop)
