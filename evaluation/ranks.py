@@ -84,7 +84,7 @@ def count_ranks(
 def count_among(scores_BN: Tensor, target_B: Tensor, allowed_BN: Tensor) -> RankCounts:
     """`count_ranks` for a mask that is already built."""
     scores_BN = scores_BN.float()
-    valid_B = (scores_BN[:, PADDING_ITEM + 1 :] < torch.inf).all(dim=1)  # false for NaN too
+    valid_B = scores_BN[:, PADDING_ITEM + 1 :].amax(dim=1) < torch.inf  # the largest is NaN where any is: false
     if not valid_B.all():
         raise InvalidScoresError(torch.nonzero(~valid_B).flatten().tolist())
     target_score_B1 = scores_BN.gather(1, target_B[:, None])
