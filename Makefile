@@ -27,6 +27,7 @@ grid: $(INSTALLED)  ## run every method under every strategy (two hours), and wr
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/grid.py
 
 bench: peers  ## run the quick comparisons with peers, and write the table and the chart of docs/results.md
+	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/sasrec.py rectools
 	$(BIN)/python benchmarks/speed.py
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ROOT / ".venv-bench" / "bin" / "python"  # where peers are that clash with our own versions
 
+OTHERS, ATTEMPTS = 0.1, 5  # cores that other processes may have meanwhile, and tries to find the machine quiet
+
 Round = dict[str, float]  # "seconds", and what else a contestant tells of a round
 
 
@@ -29,32 +31,32 @@ class Turns:
     def __init__(self) -> None:
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever libraries print goes elsewhere
-        self._left, self._started = 0, 0.0
+        self._left = 0
+        self._clock: Clock | None = None
 
     def ready(self, **facts: Any) -> None:
         """Tell what will be timed: versions, threads, parameters."""
         self._before = _peak_memory()
         self._tell(facts)
 
-    def step(self, report: Callable[[], Mapping[str, float]]) -> None:
+    def step(self, report: Callable[[], Round]) -> None:
         """Call before every step; `report` tells of the round that has ended, its loss for example."""
         if self._left == 0:
-            if self._started:
-                self._finish(time.perf_counter() - self._started, report())
-            self._left = self._next_turn()
-            self._started = time.perf_counter()
+            if self._clock is not None:
+                self._finish(self._clock.read(), report())
+            self._left, self._clock = self._next_turn(), Clock()
         self._left -= 1
 
-    def serve(self, work: Callable[[int], Mapping[str, float]]) -> NoReturn:
+    def serve(self, work: Callable[[int], Round]) -> NoReturn:
         """Do rounds of a given size until the contest is over; for what has no training loop of its own."""
         while True:
-            size, started = self._next_turn(), time.perf_counter()
+            size, clock = self._next_turn(), Clock()
             report = work(size)
-            self._finish(time.perf_counter() - started, report)
+            self._finish(clock.read(), report)
 
-    def _finish(self, seconds: float, report: Mapping[str, float]) -> None:
-        memory = {"peak_memory": _peak_memory(), "memory_before": self._before}
-        self._tell({"seconds": seconds, **memory, **report})
+    def _finish(self, times: Round, report: Round) -> None:
+        memory: Round = {"peak_memory": _peak_memory(), "memory_before": self._before}
+        self._tell(times | memory | report)
 
     def _next_turn(self) -> int:
         line = sys.stdin.readline()
@@ -101,25 +103,58 @@ class Contestant:
         return json.loads(line)
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
-    """Return the rounds of each, one after the other in every repeat; a first one warms up and is not counted."""
+def take_turns(
+    contestants: Mapping[str, Callable[[], Round]], repeats: int, quiet: bool = True
+) -> dict[str, list[Round]]:
+    """Return the rounds of each, one after the other in every repeat; a first one warms up and is not counted.
+
+    With `quiet` a repeat is played again where other processes had a part of the machine that would be seen.
+    """
     rounds: dict[str, list[Round]] = {name: [] for name in contestants}
-    for _ in range(repeats + 1):
-        for name, play in contestants.items():
-            rounds[name].append(play())
-            print(name, {key: float(f"{value:.4g}") for key, value in rounds[name][-1].items()}, flush=True)
+    for repeat in range(repeats + 1):
+        for attempt in range(ATTEMPTS):
+            played = {name: play() for name, play in contestants.items()}
+            others = sum(r["others"] for r in played.values()) / sum(r["seconds"] for r in played.values())
+            if repeat == 0 or not quiet or others < OTHERS:
+                break
+            print(f"again: other processes took {others:.2f} cores (attempt {attempt + 1})", flush=True)
+        else:
+            sys.exit("error: other processes are busy: measure on a quiet machine")
+        for name, one in played.items():
+            rounds[name].append(one)
+            print(name, {key: float(f"{value:.4g}") for key, value in one.items()}, flush=True)
     return {name: played[1:] for name, played in rounds.items()}
 
 
-def timed(work: Callable[[], Mapping[str, float] | None]) -> Callable[[], Round]:
+def timed(work: Callable[[], Round | None]) -> Callable[[], Round]:
     """Return a contestant of this process; `work` may tell of its round."""
 
     def play() -> Round:
-        started = time.perf_counter()
+        clock = Clock()
         told = work()
-        return {"seconds": time.perf_counter() - started, **(told or {})}
+        return clock.read() | (told or {})
 
     return play
+
+
+class Clock:
+    """Seconds since it was made, and what processor seconds other processes had meanwhile."""
+
+    def __init__(self) -> None:
+        self._began, self._own, self._busy = time.perf_counter(), time.process_time(), _busy_seconds()
+
+    def read(self) -> Round:
+        others = _busy_seconds() - self._busy - (time.process_time() - self._own)
+        return {"seconds": time.perf_counter() - self._began, "others": max(others, 0.0)}
+
+
+def _busy_seconds() -> float:
+    """Return the processor seconds of all processes since the machine started; 0 where Linux does not tell."""
+    try:
+        user, nice, system, _, _, irq, soft_irq, steal = Path("/proc/stat").read_text().split()[1:9]
+    except OSError:
+        return 0.0
+    return sum(map(int, (user, nice, system, irq, soft_irq, steal))) / os.sysconf("SC_CLK_TCK")
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -135,12 +170,12 @@ def compare(
     *,
     key: str = "seconds",
     unit: str = "s",
-    aim: float,
+    aim: float | None,
     beside: str = "",
 ) -> dict[str, Any]:
     """Return a row of the table of docs/results.md: a figure that should be small, and the peer's over ours.
 
-    Ratios are taken within a repeat. `beside` tells of quality where the work differs.
+    Ratios are taken within a repeat; `aim` is what was aimed at. `beside` tells of quality where the work differs.
     """
     here, there = ([played[key] for played in rounds[name]] for name in (ours, peer))
     ratio = [slow / quick for quick, slow in zip(here, there, strict=True)]

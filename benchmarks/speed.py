@@ -46,7 +46,7 @@ def markdown(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
             f"{figure(row['here']['median'])} {row['unit']}",
             f"{row['peer']}: {figure(row['there']['median'])} {row['unit']}",
             f"**{ratio['median']:.1f}** ({ratio['lower_quartile']:.1f} to {ratio['upper_quartile']:.1f})",
-            f"{row['aim']:g}",
+            f"{row['aim']:g}" if row["aim"] else "",
             row["beside"],
             f"`{row['command'].removeprefix('benchmarks/')}`",
         )
@@ -66,13 +66,16 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     for place, row in enumerate(reversed(rows)):
         ratio = row["ratio"]
         median = ratio["median"]
-        reached = median >= row["aim"]
+        reached = median >= (row["aim"] or 0)
         around = [[median - ratio["lower_quartile"]], [ratio["upper_quartile"] - median]]
         axes.barh(place, median, xerr=around, color="#4878a8" if reached else "#c8b48c", height=0.6, capsize=2)
-        axes.plot([row["aim"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        if row["aim"]:
+            axes.plot([row["aim"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         axes.annotate(f" {median:.1f}", (max(median, ratio["upper_quartile"]), place), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"{row['what']}, {row['ours']} / {row['peer']}" for row in reversed(rows)])
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("times as fast, or as lean, as the peer (line: the aim)")
     axes.spines[["top", "right"]].set_visible(False)
