@@ -20,6 +20,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ROOT / ".venv-bench" / "bin" / "python"  # where peers are that clash with our own versions
 
+# Of our own loop, whatever a recipe says: a constant rate, no decay, clipping, validation or trackers.
+PLAIN_LOOP = (
+    "--train.schedule constant --train.warmup_steps 0 --train.weight_decay 0 --train.max_grad_norm 0 "
+    "--train.epochs 1000 --train.eval_every_epochs 1000 --train.trackers []"
+).split()
 OTHERS, ATTEMPTS = 0.1, 5  # cores that other processes may have meanwhile, and tries to find the machine quiet
 
 Round = dict[str, float]  # "seconds", and what else a contestant tells of a round

@@ -1,13 +1,16 @@
-"""SASRec's training beside RecTools': the same users, window, width, layers, heads, batch and loss.
+"""SASRec's training beside RecTools' and RecBole's: the same users, window, width, layers, heads and loss.
 
-python benchmarks/sasrec.py rectools               (MovieLens 1M; four minutes alone on two cores)
+python benchmarks/sasrec.py rectools               (MovieLens 1M; three minutes alone on two cores)
+python benchmarks/sasrec.py recbole                (MovieLens 100K; two minutes)
 
 Each is a process of its own that trains with its own loop and data loader, a few steps a turn. RecTools trains the
-last window of every user and pads it to 200 events; so do we here, without the padding.
+last window of every user and pads it to 200 events; so do we here, without the padding. RecBole makes an example of
+every prefix of every user; the same targets are trained here in one pass a user. A part of an epoch is timed.
 """
 
 import argparse
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,54 +19,79 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contest import PEERS, Contestant, Round, Turns, compare, keep, take_turns
+from benchmarks.contest import PEERS, PLAIN_LOOP, Contestant, Round, Turns, compare, keep, take_turns
 
+SCRIPT = str(Path(__file__).resolve())
 THREADS = 2
 STEPS = 8  # a turn
 WINDOW, WIDTH, HEADS, BLOCKS, DROPOUT, BATCH = 200, 128, 2, 2, 0.3, 128  # of launch/recipes/ml-1m/sasrec.yaml
 SHAPE = f"--method.hidden_size {WIDTH} --method.num_heads {HEADS} --method.num_blocks {BLOCKS}".split()
 WINDOWS = f"--method.window {WINDOW} --method.windows last --method.dropout {DROPOUT}".split()
-LOOP = f"--train.batch_size {BATCH} --train.epochs 1000 --train.eval_every_epochs 1000 --train.log_every_steps {STEPS}"
-FLAGS = ["--model=sasrec", *SHAPE, *WINDOWS, *LOOP.split(), "--train.trackers=[]"]
+LOOP = f"--train.batch_size {BATCH} --train.log_every_steps {STEPS}"
+FLAGS = ["--model=sasrec", *SHAPE, *WINDOWS, *LOOP.split(), *PLAIN_LOOP]
 OURS = {"bf16": "--train.precision=bf16", "fp32": "--train.precision=fp32"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("peer", choices=["rectools"])
+    parser.add_argument("peer", choices=["rectools", "recbole"])
     parser.add_argument("--repeats", type=int, default=4)
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        against_rectools(arguments.repeats, Path(folder))
+        {"rectools": against_rectools, "recbole": against_recbole}[arguments.peer](arguments.repeats, Path(folder))
 
 
 def against_rectools(repeats: int, folder: Path) -> None:
     """An epoch of MovieLens 1M: 6,040 last windows in 48 steps."""
     flags = [*FLAGS, *"--data.source ml-1m --data.item_core 5".split()]
     write_histories(flags, folder / "histories.json")
+    peer = Contestant([SCRIPT, "worker-rectools", str(folder / "histories.json")], THREADS, PEERS)
+    race("RecTools", peer, flags, STEPS, repeats, folder, what="SASRec, ML-1M epoch", aim=5.0)
+
+
+def against_recbole(repeats: int, folder: Path) -> None:
+    """An epoch of MovieLens 100K: 8 steps here, and some hundreds of RecBole's, of which a few are timed."""
+    flags = [*FLAGS, "--data.source=ml-100k", "--method.windows=all"]
+    peer = Contestant([SCRIPT, "worker-recbole", str(folder)], THREADS, PEERS)
+    race("RecBole", peer, flags, 2, repeats, folder, what="SASRec, ML-100K epoch", aim=50.0)
+
+
+def race(
+    name: str,
+    peer: Contestant,
+    flags: list[str],
+    peers_steps: int,
+    repeats: int,
+    folder: Path,
+    *,
+    what: str,
+    aim: float,
+) -> None:
+    """Train in both of our precisions beside a peer, and keep how long an epoch takes."""
     contestants = {
-        f"here, {name}": Contestant([__file__, "worker", *flags, flag, f"--output={folder / name}"], THREADS)
-        for name, flag in OURS.items()
-    }
-    contestants["RecTools"] = Contestant([__file__, "worker-rectools", str(folder / "histories.json")], THREADS, PEERS)
+        f"here, {precision}": Contestant([SCRIPT, "worker", *flags, flag, f"--output={folder / precision}"], THREADS)
+        for precision, flag in OURS.items()
+    } | {name: peer}
 
     def play(contestant: Contestant) -> Round:
-        played = contestant.round(STEPS)
-        return played | {"epoch": played["seconds"] / STEPS * contestant.facts["steps_per_epoch"]}
+        steps = peers_steps if contestant is peer else STEPS
+        played = contestant.round(steps)
+        return played | {"epoch": played["seconds"] / steps * contestant.facts["steps_per_epoch"]}
 
     rounds = take_turns({name: partial(play, contestant) for name, contestant in contestants.items()}, repeats)
-    comparisons = [
-        compare(rounds, "SASRec, ML-1M epoch", ours, "RecTools", key="epoch", aim=5.0, beside=losses(rounds, ours))
-        for ours in list(rounds)[:-1]
-    ]
+    comparisons = []
+    for ours in list(rounds)[:-1]:
+        beside = losses(rounds, ours, name) if peers_steps == STEPS else f"{peers_steps} steps of RecBole's a turn"
+        comparisons.append(compare(rounds, what, ours, name, key="epoch", aim=aim, beside=beside))
     facts = {name: contestant.facts for name, contestant in contestants.items()}
-    settings = {"flags": flags, "steps": STEPS, "contestants": facts}
-    keep("speed-sasrec-rectools", "benchmarks/sasrec.py rectools", settings, rounds, comparisons)
+    settings = {"flags": flags, "steps": STEPS, "steps of the peer": peers_steps, "contestants": facts}
+    command = f"benchmarks/sasrec.py {name.lower()}"
+    keep(f"speed-sasrec-{name.lower()}", command, settings, rounds, comparisons)
 
 
-def losses(rounds: dict[str, list[Round]], ours: str) -> str:
+def losses(rounds: dict[str, list[Round]], ours: str, peer: str) -> str:
     """The training loss of both after the same number of steps."""
-    steps, ours_now, peers_now = STEPS * (len(rounds[ours]) + 1), rounds[ours][-1], rounds["RecTools"][-1]
+    steps, ours_now, peers_now = STEPS * (len(rounds[ours]) + 1), rounds[ours][-1], rounds[peer][-1]
     return f"loss {ours_now['loss']:.2f} and {peers_now['loss']:.2f} at step {steps}"
 
 
@@ -134,9 +162,59 @@ def train_rectools(histories: Path) -> None:
     model.fit(Dataset.construct(pd.DataFrame(rows, columns=["user_id", "item_id", "weight", "datetime"])))
 
 
+def train_recbole(folder: Path) -> None:
+    """RecBole's own model, loader and trainer on the MovieLens 100K of its wheel; the loader waits for its turn."""
+    import torch
+    from recbole.config import Config
+    from recbole.data import create_dataset, data_preparation
+    from recbole.model.sequential_recommender import SASRec
+    from recbole.trainer import Trainer
+
+    turns = Turns()
+    sys.argv = sys.argv[:1]  # RecBole reads it, too
+    os.chdir(folder)  # and writes where it stands
+    settings = {
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "MAX_ITEM_LIST_LENGTH": WINDOW,
+        "hidden_size": WIDTH,
+        "inner_size": WIDTH,
+        "n_heads": HEADS,
+        "n_layers": BLOCKS,
+        "hidden_dropout_prob": DROPOUT,
+        "attn_dropout_prob": 0.0,
+        "loss_type": "CE",
+        "train_neg_sample_args": None,
+        "train_batch_size": BATCH,
+        "epochs": 1000,
+        "eval_step": 0,
+        "use_gpu": False,
+        "show_progress": False,
+    }
+    config = Config(model="SASRec", dataset="ml-100k", config_dict=settings)
+    train_data, _, _ = data_preparation(config, create_dataset(config))
+
+    class Waiting(type(train_data)):  # type: ignore[misc]
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                turns.step(dict)
+                yield batch
+
+    train_data.__class__ = Waiting
+    model = SASRec(config, train_data.dataset)
+    turns.ready(
+        precision="fp32",
+        threads=torch.get_num_threads(),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        steps_per_epoch=len(train_data),
+    )
+    Trainer(config, model).fit(train_data, saved=False)
+
+
 def work(argv: list[str]) -> None:
     if argv[0] == "worker-rectools":
         train_rectools(Path(argv[1]))
+    elif argv[0] == "worker-recbole":
+        train_recbole(Path(argv[1]))
     else:
         from benchmarks.training import train
 

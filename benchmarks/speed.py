@@ -46,7 +46,7 @@ def markdown(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
             f"{figure(row['here']['median'])} {row['unit']}",
             f"{row['peer']}: {figure(row['there']['median'])} {row['unit']}",
             f"**{ratio['median']:.1f}** ({ratio['lower_quartile']:.1f} to {ratio['upper_quartile']:.1f})",
-            f"{row['aim']:g}" if row["aim"] else "",
+            f"{row['aim']:.3g}" if row["aim"] else "",
             row["beside"],
             f"`{row['command'].removeprefix('benchmarks/')}`",
         )

@@ -1,4 +1,4 @@
-"""The project's own training loop as a contestant."""
+"""The project's own training loop as a contestant, and what it trains on for peers."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,9 @@ import torch
 from benchmarks.contest import Turns
 from data.loaders import Step, TrainingLoader
 from launch.config import parse
+from launch.loading import load_model, read_and_split
 from launch.run_folder import RunFolder
+from launch.setting import Setting
 from launch.train import Runtime, Stop, build, load_data, make_trainer, set_up_logging
 from trainers.loop import Trainer
 
@@ -19,17 +21,19 @@ class TurnsLoader(TrainingLoader):
 
     def __init__(self, loader: TrainingLoader, turns: Turns, metrics: Path) -> None:
         vars(self).update(vars(loader))
-        self.turns, self.metrics = turns, metrics
+        self.turns, self.metrics, self.labels = turns, metrics, 0
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Step]:
         for step in super().epoch(epoch, first_step):
             self.turns.step(self._report)
+            self.labels += sum(batch.count for batch in step.batches)
             yield step
 
     def _report(self) -> dict[str, float]:
-        """The last line that the loop has logged, whose means are over the round that has ended."""
+        """The labels of the round that has ended, and the last logged line, whose means are over the same steps."""
         line = json.loads(self.metrics.read_text().splitlines()[-1])
-        return {"loss": line["loss"]}
+        labels, self.labels = self.labels, 0
+        return {"loss": line["loss"], "labels": labels}
 
 
 def train(argv: list[str], turns: Turns) -> None:
@@ -60,3 +64,11 @@ def make_trainer_of(argv: list[str], stop: Stop) -> Trainer:
         folder.begin(config, runtime)
     runtime.wait()
     return make_trainer(config, built, parts, runtime, folder, stop)
+
+
+def setting_of(argv: list[str]) -> Setting:
+    """Return what launch/train.py builds a method from, given its flags."""
+    config = parse(argv)
+    interactions, parts = read_and_split(config.data)
+    seed, cache = config.train.seed, config.data.cache_folder
+    return Setting(parts, interactions.catalog, config.method, config.backbone, seed, cache, load_model)
