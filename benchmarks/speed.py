@@ -66,9 +66,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     for place, row in enumerate(reversed(rows)):
         ratio = row["ratio"]
         median = ratio["median"]
-        reached = median >= (row["aim"] or 0)
+        colour = "#9aa7b4" if not row["aim"] else "#4878a8" if median >= row["aim"] else "#c8b48c"
         around = [[median - ratio["lower_quartile"]], [ratio["upper_quartile"] - median]]
-        axes.barh(place, median, xerr=around, color="#4878a8" if reached else "#c8b48c", height=0.6, capsize=2)
+        axes.barh(place, median, xerr=around, color=colour, height=0.6, capsize=2)
         if row["aim"]:
             axes.plot([row["aim"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         axes.annotate(f" {median:.1f}", (max(median, ratio["upper_quartile"]), place), va="center", fontsize=9)
@@ -77,7 +77,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("times as fast, or as lean, as the peer (line: the aim)")
+    axes.set_xlabel("times as fast, or as lean, as the peer (line: the aim; blue: reached)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
 
