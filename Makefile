@@ -32,6 +32,7 @@ bench: peers  ## run the quick comparisons with peers, and write the table and t
 	$(BIN)/python benchmarks/fine_tuning.py
 	$(BIN)/python benchmarks/contrastive.py
 	$(BIN)/python benchmarks/prompts.py
+	$(BIN)/python benchmarks/machine.py
 	$(BIN)/python benchmarks/speed.py
 
 # Their pins clash with ours, so they have an environment of their own; torch first, as in .venv.
