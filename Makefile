@@ -29,6 +29,7 @@ grid: $(INSTALLED)  ## run every method under every strategy (two hours), and wr
 bench: peers  ## run the quick comparisons with peers, and write the table and the chart of docs/results.md
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/sasrec.py rectools
+	$(BIN)/python benchmarks/sasrec.py recbole
 	$(BIN)/python benchmarks/fine_tuning.py
 	$(BIN)/python benchmarks/contrastive.py
 	$(BIN)/python benchmarks/prompts.py
