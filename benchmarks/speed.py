@@ -77,7 +77,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("times as fast, or as lean, as the peer (line: the aim; blue: reached)")
+    axes.set_xlabel("peer / here (line: the aim; blue: reached)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
 
