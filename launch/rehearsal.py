@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
+from models import dropout
 from models.backbone import describe
 from models.skeleton import as_fake, packed_side_bytes
 from trainers.live_bytes import LiveBytes
@@ -145,6 +146,7 @@ def as_on(device: Device, autocast: torch.dtype | None) -> Iterator[None]:
         # Patches rather than a mode, for checkpointing's recomputation does not see the modes around it.
         with (
             _cuda_autocast(autocast is not None),  # peft asks whether autocast is on for CUDA
+            patch.object(dropout, "QUICK", frozenset()),
             patch.object(F, "dropout", _dropout),
             patch.object(F, "scaled_dot_product_attention", _attention),
             patch.object(bitsandbytes, "MatMul8bitFp", bitsandbytes.MatMul8bitLt),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .dropout import quicken
 from .moe_lora import add_moe_lora, find_gate
 from .pretrained import freeze_quantised, load_pretrained, load_saved_tokenizer, set_causal, set_dropout
 from .tiny import TinyConfig, build_tiny, train_tiny_tokenizer
@@ -130,7 +131,9 @@ def load_backbone(
     _require_direction(model, config, writes=head and not masked)
     if not trainable:
         return model.requires_grad_(False).eval()
-    return with_lora(model, config, seed) if config.uses_lora else model.train()
+    trained = with_lora(model, config, seed) if config.uses_lora else model.train()
+    quicken(trained)
+    return trained
 
 
 def with_lora(model: PreTrainedModel, config: BackboneConfig, seed: int) -> Backbone:

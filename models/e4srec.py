@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from data.item_prompts import ItemPromptBatch, ItemPromptSettings
 
 from .backbone import Backbone, causal_model
 from .base import Loss, Recommender
+from .dropout import dropout
 from .item_embeddings import (
     ItemMatcher,
     ItemTable,
@@ -104,7 +104,7 @@ class ItemReader(Recommender):
         """Return the states at the labelled slots, [T, H], where these vectors stand for the items."""
         body = causal_model(self.backbone)
         embed = body.get_input_embeddings()
-        vectors_SH = F.dropout(vectors_SH, self.dropout, self.training)
+        vectors_SH = dropout(vectors_SH, self.dropout, self.training)
         embeds = put_vectors(embed(batch.input_ids), batch.item_slots, vectors_SH)
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         if batch.prefix_ids is None:
@@ -118,7 +118,7 @@ class ItemReader(Recommender):
             positions = positions + len(batch.prefix_ids)
             states = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
         read = states.last_hidden_state.flatten(0, 1).index_select(0, batch.labelled)
-        return F.dropout(read, self.dropout, self.training)
+        return dropout(read, self.dropout, self.training)
 
 
 class E4SRec(ItemReader):

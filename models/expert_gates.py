@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import Dropout
+
 CHANNELS = (16, 32, 64)  # of the three stages of the published residual network
 BLOCKS = 3  # in each of them
 
@@ -39,7 +41,7 @@ class ExpertGate(nn.Module):
             raise ValueError(f"--method.gate.top_k {config.top_k}: expected 1 to --backbone.lora_experts {num_experts}")
         self.config, self.num_experts = config, num_experts
         num_logits = num_experts * (num_layers if config.per_layer else 1)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.router: nn.Module = nn.Linear(state_size, num_logits)
         if config.kind == "resnet":
             self.router = ResNet1d(num_logits)

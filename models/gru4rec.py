@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batches import SequenceBatch
 
+from .dropout import dropout
 from .sequence_recommender import SequenceConfig, SequenceRecommender
 
 
@@ -47,5 +47,5 @@ class GRU4Rec(SequenceRecommender):
         """Return the state after every event, [B, L, H]."""
         x = self.item_embedding(batch.items)
         for layer in self.layers:
-            x, _ = layer(F.dropout(x, self.config.dropout, self.training))
+            x, _ = layer(dropout(x, self.config.dropout, self.training))
         return self.outer(x)

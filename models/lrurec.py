@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data.batches import SequenceBatch
 
+from .dropout import dropout
 from .linear_recurrence import linear_recurrence
 from .sequence_recommender import SequenceConfig, SequenceRecommender, with_bias
 
@@ -83,7 +84,7 @@ class LRURecBlock(nn.Module):
         return self.feed_forward_norm(x_BLH + self._drop(self.outer(inner)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 class LRURec(SequenceRecommender):
@@ -112,7 +113,7 @@ class LRURec(SequenceRecommender):
 
     def states(self, batch: SequenceBatch) -> Tensor:
         """Return the state after every event, [B, L, H]."""
-        x = F.dropout(self.item_embedding(batch.items), self.config.dropout, self.training)
+        x = dropout(self.item_embedding(batch.items), self.config.dropout, self.training)
         x = self.embedding_norm(x)
         for block in self.blocks:
             x = block(x)

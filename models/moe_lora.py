@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from .dropout import keep_mask
+
 State: TypeAlias = Tensor | Literal["unset", "off"]
 
 
@@ -118,8 +120,8 @@ class MoELoRALinear(nn.Module):
         x_BLI = x_BLI.to(torch.get_autocast_dtype(device) if autocast else self.lora_A.dtype)
         keep, scale = None, self.scale
         if self.training and self.dropout:
-            keep = torch.empty_like(x_BLI, dtype=torch.bool).bernoulli_(1 - self.dropout)
-            scale = scale / (1 - self.dropout)
+            keep, share = keep_mask(x_BLI, self.dropout)
+            scale = scale / share
         update: Tensor = _GatedUpdate.apply(x_BLI, self.lora_A, self.lora_B, gate, keep, scale)
         return (frozen + update).to(frozen.dtype)
 

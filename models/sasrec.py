@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data.batches import SequenceBatch
 
+from .dropout import dropout
 from .sequence_recommender import SequenceConfig, SequenceRecommender
 
 
@@ -82,8 +83,8 @@ class SASRecBlock(nn.Module):
         return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, hidden))
 
     def _feed_forward(self, x_BLH: Tensor) -> Tensor:
-        inner = F.dropout(self.activation(self.inner(x_BLH)), self.dropout, self.training)
-        return F.dropout(self.outer(inner), self.dropout, self.training)
+        inner = dropout(self.activation(self.inner(x_BLH)), self.dropout, self.training)
+        return dropout(self.outer(inner), self.dropout, self.training)
 
 
 class SASRec(SequenceRecommender):
@@ -111,7 +112,7 @@ class SASRec(SequenceRecommender):
     def encode(self, items_BL: Tensor, positions_BL: Tensor) -> Tensor:
         """Return the state after every event, [B, L, H], with pads where `config.pads` says. The mask is causal."""
         x = self.item_embedding(items_BL) * math.sqrt(self.config.hidden_size)
-        x = F.dropout(x + self.position_embedding(positions_BL), self.config.dropout, self.training)
+        x = dropout(x + self.position_embedding(positions_BL), self.config.dropout, self.training)
         real = (items_BL > 0).unsqueeze(-1) if self.config.pads == "left" else None
         x = x if real is None else x * real
         for block in self.blocks:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..dropout import Dropout
 from .v2_config import FusionConfig
 
 PUBLISHED_WEIGHT = 0.4  # of SASRec
@@ -48,7 +49,7 @@ class Fusion(nn.Module):
             self.network = nn.Sequential(
                 nn.Linear(width, config.hidden_size),
                 nn.GELU(),
-                nn.Dropout(config.dropout),
+                Dropout(config.dropout),
                 nn.Linear(config.hidden_size, 1),
             )
             self.log_scale = nn.Parameter(torch.zeros(1))  # of the fused scores as logits

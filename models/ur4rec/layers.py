@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..dropout import dropout
+
 
 class Attend(nn.Module):
     """x + attention of x to a context (itself, where there is no other)."""
@@ -22,7 +24,7 @@ class Attend(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(query), key, value)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        return x_BQD + F.dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return x_BQD + dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -34,5 +36,5 @@ class FeedForward(nn.Module):
         self.inner, self.outer = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.dropout(F.gelu(self.inner(self.norm(x))), self.dropout, self.training)
-        return x + F.dropout(self.outer(inner), self.dropout, self.training)
+        inner = dropout(F.gelu(self.inner(self.norm(x))), self.dropout, self.training)
+        return x + dropout(self.outer(inner), self.dropout, self.training)

@@ -8,11 +8,11 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from data.batches import SequenceBatch
 from models.sequence_recommender import SequenceRecommender
 
+from ..dropout import dropout
 from .layers import Attend, FeedForward
 
 INDUCED = 20  # points that SetRank compares candidates through, as published
@@ -81,7 +81,7 @@ class Comparer(ListRanker):
         parts = [items_BCH, mean_BH[:, None].expand_as(items_BCH)]
         if said_BCD is not None:
             parts.append(said_BCD.to(items_BCH.dtype))
-        x_BCH = F.dropout(self.join(torch.cat(parts, dim=-1)), self.dropout, self.training)
+        x_BCH = dropout(self.join(torch.cat(parts, dim=-1)), self.dropout, self.training)
         return self.score(self.compare(x_BCH)).squeeze(-1)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..dropout import Dropout
 from .memory import MemoryGate
 from .v2_config import UR4RecV2Config
 
@@ -48,7 +49,7 @@ class Projection(nn.Module):
     def __init__(self, width: int, config: UR4RecV2Config) -> None:
         super().__init__()
         self.linear, self.norm = nn.Linear(width, config.hidden_size), nn.LayerNorm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, vectors: Tensor) -> Tensor:
         return self.dropout(self.norm(self.linear(vectors.to(self.linear.weight.dtype))))
@@ -118,7 +119,7 @@ class Proxies(nn.Module):
             nn.Linear(width, 2 * width),
             nn.Linear(width, width),
         )
-        self.dropout, self.norm = nn.Dropout(config.dropout), nn.LayerNorm(width)
+        self.dropout, self.norm = Dropout(config.dropout), nn.LayerNorm(width)
 
     def forward(self, m_RnD: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
@@ -145,7 +146,7 @@ class Retriever(nn.Module):
         nn.init.normal_(self.item_vector.weight, std=config.hidden_size**-0.5)
         self.ages = nn.Embedding(config.history, config.hidden_size)  # how long ago, in events
         nn.init.normal_(self.ages.weight, std=config.hidden_size**-0.5)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.experts = nn.ModuleList(Expert(config) for _ in EXPERTS)
         self.router, self.proxies = Router(config), Proxies(config)
         self.memory_gate = MemoryGate(config.hidden_size) if config.memory.enabled else None
