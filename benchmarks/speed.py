@@ -71,7 +71,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.barh(place, median, xerr=around, color=colour, height=0.6, capsize=2)
         if row["aim"]:
             axes.plot([row["aim"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        axes.annotate(f" {median:.1f}", (max(median, ratio["upper_quartile"]), place), va="center", fontsize=9)
+        beyond = max(ratio["upper_quartile"], row["aim"] or 0)
+        axes.annotate(f"  {median:.1f}", (beyond, place), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"{row['what']}, {row['ours']} / {row['peer']}" for row in reversed(rows)])
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
