@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.contest import Turns
 from data.loaders import Step, TrainingLoader
+from launch import loading
 from launch.config import parse
-from launch.loading import load_model, read_and_split
+from launch.loading import read_and_split
 from launch.run_folder import RunFolder
 from launch.setting import Setting
 from launch.train import Runtime, Stop, build, load_data, make_trainer, set_up_logging
@@ -70,5 +71,4 @@ def setting_of(argv: list[str]) -> Setting:
     """Return what launch/train.py builds a method from, given its flags."""
     config = parse(argv)
     interactions, parts = read_and_split(config.data)
-    seed, cache = config.train.seed, config.data.cache_folder
-    return Setting(parts, interactions.catalog, config.method, config.backbone, seed, cache, load_model)
+    return loading.setting_of(config, parts, interactions.catalog)
