@@ -40,7 +40,19 @@ def record(folder: Path) -> dict[str, Any]:
     for name in ("root", "cache"):
         settings["data"].pop(name, None)
     environment.pop("command")
-    kept = ("model", "dataset", "split", "header", "valid", "test", "popularity", "parameters", "training", "timing")
+    kept = (
+        "model",
+        "dataset",
+        "split",
+        "text_hash",
+        "header",
+        "valid",
+        "test",
+        "popularity",
+        "parameters",
+        "training",
+        "timing",
+    )
     return {
         **{name: results[name] for name in kept if name in results},
         "config": without_folders(settings),

@@ -1,6 +1,7 @@
 """Validated interactions: raw event columns in, numbered users and items in time order out."""
 
 import enum
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -26,6 +27,17 @@ class Catalog:
     @property
     def num_items(self) -> int:
         return len(self.raw_ids) - 1
+
+    @property
+    def text_hash(self) -> str:
+        """sha256 over one line "raw id<TAB>title<TAB>categories, comma-separated<LF>" an item, items ascending.
+
+        Publishers of the same events write some texts otherwise.
+        """
+        digest = hashlib.sha256()
+        for raw_id, title, categories in zip(self.raw_ids[1:], self.titles[1:], self.categories[1:], strict=True):
+            digest.update(f"{raw_id}\t{title}\t{','.join(categories)}\n".encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

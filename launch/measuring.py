@@ -109,6 +109,7 @@ def finish(
         "model": config.model,
         "dataset": parts.name,
         "split": {"kind": parts.kind, "hash": parts.hash, "users": parts.num_users, "items": parts.num_items},
+        "text_hash": catalog.text_hash,
         **figures,
         "parameters": {"total": size["parameters"], "trainable": size["trainable_parameters"]},
         "training": {"steps": trained.progress.step, "best_step": trained.progress.best_step},

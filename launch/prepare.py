@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     interactions, parts = read_and_split(config.data)
     print(
         f"{parts.name}: {parts.num_users:,} users, {parts.num_items:,} items, {len(parts.items):,} events; "
-        f"split {parts.kind} {parts.hash[:12]}; read in {time.perf_counter() - started:.1f} s"
+        f"split {parts.kind} {parts.hash[:12]}, item texts {interactions.catalog.text_hash[:12]}; "
+        f"read in {time.perf_counter() - started:.1f} s"
     )
     setting = setting_of(config, parts, interactions.catalog)
     reports = tokenise(config, setting)

@@ -140,8 +140,9 @@ def load_data(config: RunConfig, runtime: Runtime) -> tuple[Interactions, Split]
     with runtime.accelerator.local_main_process_first():
         interactions, parts = read_and_split(config.data)
     logger.info(
-        "%s: %d users, %d items, %d events; split %s %s",
+        "%s: %d users, %d items, %d events; split %s %s, item texts %s",
         *(parts.name, parts.num_users, parts.num_items, len(parts.items), parts.kind, parts.hash[:12]),
+        interactions.catalog.text_hash[:12],
     )
     return interactions, parts
 

@@ -105,3 +105,15 @@ def test_a_source_that_comes_split_is_not_filtered(changed):
     events = raw_events([("1", "a", 1, 0)], presplit=np.zeros(1, dtype=np.int8))
     with pytest.raises(ValueError, match=f"already split.*--data.{next(iter(changed))}"):
         build_interactions("toy", events, DataConfig(**changed))
+
+
+def test_the_text_hash_knows_titles_and_categories_and_nothing_of_events():
+    def text_hash(rows, title, categories):
+        texts = {"1": ItemText(title, categories), "2": ItemText("Heat", ())}
+        return build_interactions("toy", raw_events(rows, texts=texts), DataConfig()).catalog.text_hash
+
+    rows = [("1", "1", 1, 0), ("1", "2", 1, 1)]
+    reference = text_hash(rows, "Babe (1995)", ("Comedy",))
+    assert text_hash([*rows, ("2", "1", 5, 9)], "Babe (1995)", ("Comedy",)) == reference
+    assert text_hash(rows, "Babe", ("Comedy",)) != reference
+    assert text_hash(rows, "Babe (1995)", ("Comedy", "Drama")) != reference
