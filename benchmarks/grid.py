@@ -10,7 +10,6 @@ Dropout is off, for it differs between processes; everything else is as in any r
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -18,97 +17,19 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.document import hardware, write_section
+from benchmarks.grid_rows import ROOT, ROWS, bound, checked, save_inputs, settings
 from launch.run_folder import commit_of_clone
-from models.backbone import BackboneConfig, load_backbone, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "grid.json"
 STEPS = 50
-# Largest difference of a logged loss from one process: float32 sums in another order, and bfloat16 with 8 bits.
-BOUNDS = {"fp32": 1e-5, "bf16": 1e-3}
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-COMMON = (
-    "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.trackers [] --train.batch_size 16 "
-    "--train.micro_batch_size 4 --train.eval_batch_size 40 --train.lr 0.003 --train.schedule linear "
-    "--train.warmup_steps 5 --train.max_grad_norm 1.0 --train.log_every_steps 1 --train.save_every_steps 25 "
-    "--train.eval_every_steps 100"
-).split()
-OF_ITEM_IDS = "--method.window 12 --method.hidden_size 32 --method.dropout 0".split()
-SASREC, LRUREC, GRU4REC = (["--model", name, *OF_ITEM_IDS] for name in ("sasrec", "lrurec", "gru4rec"))
-TINY = "--backbone.tiny.hidden_size 32 --backbone.tiny.layers 2".split()
-BIGREC = ["--model", "bigrec", *TINY]
-LORA = "--model bigrec --backbone.lora_dropout 0".split()
-E4SREC = "--model e4srec --method.prompts.max_history 12 --backbone.lora_dropout 0".split()
-CANDIDATES = "--evaluation.protocol candidates-20".split()
-LLARA = ["--model", "llara", *TINY, *CANDIDATES]
-LLAMAREC = (
-    "--model llamarec --method.negatives hard --method.cuts 8 --method.prompts.num_candidates 8 "
-    "--method.prompts.history_length 6 --backbone.lora_dropout 0"
-).split()
-MOE_LORA = "--model ilora --backbone.adapter moe-lora --backbone.lora_dropout 0".split()
-ILORA = [*MOE_LORA, *CANDIDATES, "--method.vectors=states"]
-# Negatives come from all micro-batches that are trained side by side, so there is one of them, as large as the step.
-DENSE = (
-    "--model dense-retrieval --method.texts.max_history 6 --method.cuts 2 --method.hard_negatives 2 "
-    "--method.log_q true --method.refresh_epochs 0.3 --train.micro_batch_size 16 --backbone.lora_dropout 0"
-).split()
-TWO_ENCODERS = "--method.two_encoders true --method.learn_temperature true --method.learn_ids true".split()
-UR4REC = (
-    "--model ur4rec --method.hidden_size 32 --method.dropout 0 --method.history_length 6 --method.num_candidates 8 "
-    "--method.cuts 8 --method.preferences.hidden_size 32 --method.preferences.dropout 0"
-).split()
-RANKLLM = [*("--model", "rankllm"), *TINY, *"--method.num_candidates 6 --method.window 4 --method.stride 2".split()]
-UR4REC_V2 = (
-    "--model ur4rec-v2 --method.cuts 4 --method.hidden_size 16 --method.num_heads 2 --method.history 8 "
-    "--method.answers candidate --method.dropout 0 --method.fusion.kind user --method.fusion.dropout 0 "
-    "--method.balance uncertainty"
-).split()
-ROWS = {
-    "sasrec float32": [*SASREC, "--train.precision=fp32"],
-    "sasrec bf16": [*SASREC, "--train.precision=bf16"],
-    "lrurec float32": [*LRUREC, "--train.precision=fp32"],
-    "gru4rec float32": [*GRU4REC, "--method.num_layers=2", "--train.precision=fp32"],
-    "dllm2rec-sasrec float32": [
-        *"--model dllm2rec-sasrec --method.student.window 12 --method.student.hidden_size 32".split(),
-        *"--method.student.dropout 0 --method.vectors.source teacher --method.vectors.weight 0.03".split(),
-        "--train.precision=fp32",
-    ],
-    "bigrec float32": [*BIGREC, "--train.precision=fp32"],
-    "bigrec bf16, checkpointing": [*BIGREC, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
-    "bigrec LoRA float32": [*LORA, "--train.precision=fp32"],
-    "bigrec LoRA 4-bit": [*LORA, "--train.precision=bf16", "--backbone.quantization=4bit"],
-    "bigrec LoRA 8-bit": [*LORA, "--train.precision=bf16", "--backbone.quantization=8bit"],
-    "e4srec float32": [*E4SREC, *TINY, "--train.precision=fp32"],
-    "e4srec bf16, checkpointing": [*E4SREC, *TINY, "--train.precision=bf16", "--backbone.gradient_checkpointing=true"],
-    "e4srec LoRA 4-bit": [*E4SREC, "--train.precision=bf16", "--backbone.quantization=4bit"],
-    "dense-retrieval float32": [*DENSE, *TINY, *TWO_ENCODERS, "--train.precision=fp32"],
-    "dense-retrieval float32, GradCache": [*DENSE, *TINY, "--method.grad_cache_rows=3", "--train.precision=fp32"],
-    "dense-retrieval LoRA 4-bit, checkpointing": [
-        *(*DENSE, "--train.precision=bf16", "--method.grad_cache_rows=8"),
-        *("--method.loss=in-batch", "--method.hard_negatives=0"),
-        *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
-    ],
-    "llara float32": [*LLARA, "--train.precision=fp32"],
-    "llamarec float32": [*LLAMAREC, *TINY, "--train.precision=fp32"],
-    "llamarec LoRA 4-bit, vectors, checkpointing": [
-        *(*LLAMAREC, "--train.precision=bf16", "--method.identifiers=vectors"),
-        *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
-    ],
-    "ilora MoE-LoRA float32": [*ILORA, "--train.precision=fp32"],
-    "ilora MoE-LoRA 4-bit, checkpointing": [
-        *(*ILORA, "--train.precision=bf16"),
-        *("--backbone.quantization=4bit", "--backbone.gradient_checkpointing=true"),
-    ],
-    "rankllm float32": [*RANKLLM, "--method.prompts.history_length=4", "--train.precision=fp32"],
-    "ur4rec float32": [*UR4REC, "--train.precision=fp32"],
-    "ur4rec-v2 float32": [*UR4REC_V2, "--train.precision=fp32"],
-}
 
 
 @dataclass
@@ -168,43 +89,6 @@ def earlier_cells() -> dict[tuple[str, str], Cell]:
     return {(cell["row"], cell["strategy"]): Cell(**cell) for cell in results["cells"]}
 
 
-def settings(row: str, inputs: Path) -> list[str]:
-    """Return the flags of a row; `inputs` is the folder of `save_inputs`."""
-    flags = [f"--backbone.name={inputs / 'backbone'}"] if "LoRA" in row else []
-    if row.startswith(("llara", "ilora")):
-        flags.append(f"--method.sasrec={inputs / 'sasrec'}")
-    if row.startswith(("llamarec", "rankllm", "ur4rec ")):
-        flags += [f"--method.retriever={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
-    if row.startswith("ur4rec "):
-        flags.append(f"--method.preferences.encoder={inputs / 'backbone'}")
-    if row.startswith("ur4rec-v2"):
-        flags += [f"--method.sasrec={inputs / 'sasrec'}", f"--method.encoder={inputs / 'backbone'}"]
-        flags.append(f"--data.cache={inputs / 'cache'}")
-    if row.startswith("dllm2rec"):
-        flags += [f"--method.teacher={inputs / 'sasrec'}", f"--data.cache={inputs / 'cache'}"]
-    return [*COMMON, *ROWS[row], *flags]
-
-
-def bound(row: str) -> float:
-    return BOUNDS["fp32" if "float32" in row else "bf16"]
-
-
-def save_inputs(folder: Path) -> None:
-    """Write what rows begin from: a pre-trained base for adapters, backbone/, and a SASRec run, sasrec/."""
-    save_small_backbone(folder / "backbone")
-    checked([sys.executable, "launch/train.py", *settings("sasrec float32", folder), f"--output={folder / 'sasrec'}"])
-
-
-def save_small_backbone(folder: Path) -> Path:
-    """Write a small Llama in Hugging Face format, as a pre-trained base for LoRA and quantisation."""
-    config = BackboneConfig()
-    config.tiny.hidden_size, config.tiny.layers = 64, 2
-    tokenizer = load_tokenizer(config, ["Painted Shadow 4 (1986)", "Distant Planet 6 (1971)"] * 50)
-    load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True).save_pretrained(str(folder))
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def run_cell(row: str, strategy: str, folder: Path, commit: str | None) -> Cell:
     """Train half, go on with the other half, and evaluate what was saved in one process."""
     run, started = folder / row.replace(" ", "-") / strategy, time.perf_counter()
@@ -214,14 +98,12 @@ def run_cell(row: str, strategy: str, folder: Path, commit: str | None) -> Cell:
     output = ""
     for steps in (STEPS // 2, STEPS):
         output = checked([*launcher, *train, f"--train.max_steps={steps}"])
-    protocol = json.loads((run / "results.json").read_text())["header"]["protocol"]
-    checked([sys.executable, "launch/evaluate.py", f"--run={run}", f"--protocol={protocol}"])
     return Cell(
         row,
         strategy,
         loss_difference(run, run.with_name("one")),
         "resuming" in output,
-        same_evaluation(run),
+        same_evaluation(run, row),
         round(time.perf_counter() - started, 1),
         commit,
     )
@@ -240,14 +122,6 @@ def configuration(strategy: str, folder: Path) -> Path:
     return changed
 
 
-def checked(command: list[str]) -> str:
-    """Return what a command prints; raise when it fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
 def losses(run: Path) -> list[tuple[int, float]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
@@ -261,10 +135,21 @@ def loss_difference(run: Path, reference: Path) -> float:
     return max(abs(a - b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
 
 
-def same_evaluation(run: Path) -> bool:
-    """Whether launch/evaluate.py, in one process, ranks every test user as the run did."""
+def same_evaluation(run: Path, row: str) -> bool:
+    """Whether launch/evaluate.py, in one process, ranks every test user as the run did.
+
+    A stage that ranks nothing has a loss on what is held out instead: it must be that of the run of one process.
+    """
+    results = _results(run)
+    if "header" not in results:
+        return abs(results["valid"]["loss"] - _results(run.with_name("one"))["valid"]["loss"]) <= bound(row)
+    checked([sys.executable, "launch/evaluate.py", f"--run={run}", f"--protocol={results['header']['protocol']}"])
     (again,) = (run / "evaluations").glob("*.parquet")
     return pd.read_parquet(again).equals(pd.read_parquet(run / "ranks" / "test.parquet"))
+
+
+def _results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
 
 
 def markdown(cells: Mapping[tuple[str, str], Cell]) -> str:

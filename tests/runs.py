@@ -174,6 +174,7 @@ def results(folder: Path) -> dict[str, Any]:
     """Return results.json, without what depends on the machine's speed."""
     found = json.loads((folder / "results.json").read_text())
     del found["timing"]
-    for header in (found["header"], *(found[part]["header"] for part in ("valid", "test", "popularity"))):
-        del header["seconds"]
+    for part in (found, *(found.get(name, {}) for name in ("valid", "test", "popularity"))):
+        if "header" in part:  # a stage ranks nothing
+            del part["header"]["seconds"]
     return found

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.grid import bound, loss_difference, settings
+from benchmarks.grid import loss_difference
+from benchmarks.grid_rows import bound, settings
 from tests.distributed.test_strategies import SHORT, environment, finish
 from tests.distributed.test_strategies import inputs as inputs
 from tests.runs import run, start_ranks

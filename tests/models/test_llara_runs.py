@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grid import save_small_backbone
+from benchmarks.grid_rows import save_small_backbone
 from tests.runs import losses, results, run, start
 
 pytestmark = pytest.mark.slow

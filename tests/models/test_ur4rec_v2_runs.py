@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.grid import save_small_backbone
+from benchmarks.grid_rows import save_small_backbone
 from launch.loading import load_model
 from tests.runs import SMALL, Run, results, run, start
 
