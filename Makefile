@@ -23,7 +23,7 @@ test: $(INSTALLED) offline  ## run every test
 test-fast: $(INSTALLED)  ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
-grid: $(INSTALLED)  ## run every method under every strategy (three hours), and write the table of docs/scaling.md
+grid: $(INSTALLED)  ## run every method under every strategy (half an hour), and write the table of docs/scaling.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/grid.py
 
 bench: peers  ## run the quick comparisons with peers, and write the table and the chart of docs/results.md

@@ -20,11 +20,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.document import hardware, write_section
-from benchmarks.grid_rows import ROOT, ROWS, bound, checked, save_inputs, settings
+from benchmarks.grid_rows import ROWS, bound, save_inputs, settings
+from benchmarks.processes import ROOT, launched
 from launch.run_folder import commit_of_clone
 
 RESULTS = ROOT / "benchmarks" / "results" / "grid.json"
@@ -92,12 +94,12 @@ def earlier_cells() -> dict[tuple[str, str], Cell]:
 def run_cell(row: str, strategy: str, folder: Path, commit: str | None) -> Cell:
     """Train half, go on with the other half, and evaluate what was saved in one process."""
     run, started = folder / row.replace(" ", "-") / strategy, time.perf_counter()
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(configuration(strategy, folder))] if strategy != "one" else ["--num_processes=1"]
-    train = ["launch/train.py", *settings(row, folder), f"--output={run}"]
+    run.parent.mkdir(exist_ok=True)
+    world, processes = environment(strategy, folder), 1 if strategy == "one" else 2
     output = ""
     for steps in (STEPS // 2, STEPS):
-        output = checked([*launcher, *train, f"--train.max_steps={steps}"])
+        flags = [*settings(row, folder), f"--train.max_steps={steps}"]
+        output = launched(*flags, output=run, processes=processes, environment=world)
     return Cell(
         row,
         strategy,
@@ -109,17 +111,23 @@ def run_cell(row: str, strategy: str, folder: Path, commit: str | None) -> Cell:
     )
 
 
-def configuration(strategy: str, folder: Path) -> Path:
-    """Return the Accelerate configuration of a strategy; ZeRO-3 would keep weights as small as these whole."""
-    own = ROOT / "launch" / "accelerate" / f"{strategy}.yaml"
-    if not strategy.startswith("zero3"):
-        return own
-    deepspeed = json.loads((ROOT / "ds_configs" / f"{strategy}.json").read_text())
-    deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / f"{strategy}.json").write_text(json.dumps(deepspeed))
-    changed = folder / f"{strategy}.yaml"
-    changed.write_text(own.read_text().replace(f"ds_configs/{strategy}.json", str(folder / f"{strategy}.json")))
-    return changed
+def environment(strategy: str, folder: Path) -> dict[str, str]:
+    """Return what `accelerate launch` sets for the configuration of a strategy; `folder` takes a changed file.
+
+    ZeRO-3 would keep weights as small as these whole, so it is told not to.
+    """
+    if strategy == "one":
+        return {}
+    configuration = yaml.safe_load((ROOT / "launch" / "accelerate" / f"{strategy}.yaml").read_text())
+    if configuration["distributed_type"] != "DEEPSPEED":
+        return {}
+    file = ROOT / configuration["deepspeed_config"]["deepspeed_config_file"]
+    if strategy.startswith("zero3"):
+        deepspeed = json.loads(file.read_text())
+        deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        file = folder / file.name
+        file.write_text(json.dumps(deepspeed))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -143,7 +151,7 @@ def same_evaluation(run: Path, row: str) -> bool:
     results = _results(run)
     if "header" not in results:
         return abs(results["valid"]["loss"] - _results(run.with_name("one"))["valid"]["loss"]) <= bound(row)
-    checked([sys.executable, "launch/evaluate.py", f"--run={run}", f"--protocol={results['header']['protocol']}"])
+    launched(f"--protocol={results['header']['protocol']}", output=run, script="evaluate")
     (again,) = (run / "evaluations").glob("*.parquet")
     return pd.read_parquet(again).equals(pd.read_parquet(run / "ranks" / "test.parquet"))
 

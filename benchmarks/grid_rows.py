@@ -1,12 +1,10 @@
 """The rows of benchmarks/grid.py: flags of every method in small, and what its runs begin from."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.processes import launched
 from models.backbone import BackboneConfig, load_backbone, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 COMMON = (
     "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.trackers [] --train.batch_size 16 "
     "--train.micro_batch_size 4 --train.eval_batch_size 40 --train.lr 0.003 --train.schedule linear "
@@ -125,8 +123,7 @@ def save_inputs(folder: Path) -> None:
     """Write what rows begin from: a pre-trained base for adapters, backbone/, and runs of sasrec/ and lrurec/."""
     save_small_backbone(folder / "backbone")
     for name in ("sasrec", "lrurec"):
-        flags = [*settings(f"{name} float32", folder), f"--output={folder / name}"]
-        checked([sys.executable, "launch/train.py", *flags])
+        launched(*settings(f"{name} float32", folder), output=folder / name)
 
 
 def save_small_backbone(folder: Path) -> Path:
@@ -137,11 +134,3 @@ def save_small_backbone(folder: Path) -> Path:
     load_backbone(config, tokenizer, seed=0, device="cpu", trainable=True).save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def checked(command: list[str]) -> str:
-    """Return what a command prints; raise when it fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    return done.stdout

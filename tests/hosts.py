@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
+from benchmarks.processes import ROOT
 
 SECONDS = 200  # a job that takes longer hangs; 20 are usual
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import run
 from data.config import DataConfig
 from data.sample import sample_world
 from data.sources import read
 from data.splits import split
-from tests.runs import results, run
+from tests.runs import results
 
 # The next film follows from the last three, so short windows of the whole history teach most.
 SETTINGS = (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import results, run
+from benchmarks.processes import run
+from tests.runs import results
 
 # Measured: contrastive 2.17 where guessing gives log(11) = 2.40; NDCG@10 .67 where guessing among 20 gives .23.
 COMMON = (

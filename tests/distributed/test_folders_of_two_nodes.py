@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import ROOT, start_ranks
 from tests.hosts import Host, Job, start_node
-from tests.runs import ROOT, SMALL, losses, results, start_ranks
+from tests.runs import SMALL, losses, results
 
 # The rate is too high to end with the best weights; batches are small, so that both processes evaluate some.
 BEST_IS_NOT_LAST = [

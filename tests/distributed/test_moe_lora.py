@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.grid import loss_difference
+from benchmarks.grid import environment, loss_difference
 from benchmarks.grid_rows import bound, settings
-from tests.distributed.test_strategies import SHORT, environment, finish
+from benchmarks.processes import run, start_ranks
+from tests.distributed.test_strategies import SHORT, finish
 from tests.distributed.test_strategies import inputs as inputs
-from tests.runs import run, start_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
 STATE_SIZE = 8

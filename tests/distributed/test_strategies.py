@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grid import STRATEGIES, configuration, loss_difference
+from benchmarks.grid import STRATEGIES, environment, loss_difference
 from benchmarks.grid_rows import ROWS, bound, save_inputs, settings
-from tests.runs import ROOT, Run, results, run, start_ranks, validations
+from benchmarks.processes import Run, run, start_ranks
+from tests.runs import results, validations
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
 CELLS = [
@@ -67,16 +68,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_inputs(folder)
     return folder
-
-
-def environment(strategy: str, folder: Path) -> dict[str, str]:
-    """What `accelerate launch` would set for a strategy's configuration."""
-    if strategy in ("one", "ddp"):
-        return {}
-    changed = configuration(strategy, folder)  # writes the DeepSpeed file beside it where one is changed
-    deepspeed = folder / f"{strategy}.json"
-    file = deepspeed if changed.parent == folder else ROOT / "ds_configs" / f"{strategy}.json"
-    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 
 def finish(ranks: list[Run]) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.runs import ROOT, SMALL, At, Run, losses, results, run, start, start_ranks, validations
+from benchmarks.processes import ROOT, Run, run, start, start_ranks
+from tests.runs import SMALL, At, losses, results, validations
 from trainers.watchdog import EXIT_LOST_RANK
 
 # Dropout differs from process to process, so that is off; steps of 16 are 2 x 8, as two micro-batches or processes.

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.processes import ROOT, start_ranks
 from tests.hosts import PATH, SECONDS, Host, Job, start_node
-from tests.runs import ROOT, SMALL, losses, results, start_ranks, validations
+from tests.runs import SMALL, losses, results, validations
 
 EXACT = [*SMALL, "--method.dropout=0"]
 

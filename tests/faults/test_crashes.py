@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs import SMALL, At, losses, results, run, start, validations
+from benchmarks.processes import run, start
+from tests.runs import SMALL, At, losses, results, validations
 
 
 @pytest.fixture(scope="module")

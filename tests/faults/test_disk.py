@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, Run, losses, results, run, start_ranks
+from benchmarks.processes import Run, run, start_ranks
+from tests.runs import SMALL, losses, results
 from trainers.checkpoint import Checkpoints, verify
 
 SIZE = "8m"  # a run writes a few hundred kB

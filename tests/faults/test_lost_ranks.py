@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs import SMALL, At, Run, losses, results, start, start_ranks, validations
+from benchmarks.processes import Run, start, start_ranks
+from tests.runs import SMALL, At, losses, results, validations
 from trainers.watchdog import EXIT_LOST_RANK
 
 TIMEOUT = 6.0  # seconds: nothing moves for so long, and half of it without a heartbeat

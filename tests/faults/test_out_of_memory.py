@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, losses, run
+from benchmarks.processes import run
+from tests.runs import SMALL, losses
 
 WIDE = "--method.feed_forward_size=300000"  # [8 rows, 11 events, 300,000] float32 is 106 MB, and there are several
 ROOM = 500 * 2**20  # more than the weights and their moments take, less than they and such a pass do

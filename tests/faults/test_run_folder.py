@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, At, losses, run, start
+from benchmarks.processes import run, start
+from tests.runs import SMALL, At, losses
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.runs import ROOT, SMALL, At, losses, results, run, start
+from benchmarks.processes import ROOT, run, start
+from tests.runs import SMALL, At, losses, results
 
 TRAINER, EVALUATOR = "trainers.loop", "evaluation.evaluator"
 # Each also waits for a minute there: only a run that obeys at once can end in time.

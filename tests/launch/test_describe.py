@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.processes import start_ranks
 from data.config import DataConfig
 from data.descriptions import TEXTS, Descriptions, DescriptionSettings, subjects
 from data.sources import read
@@ -17,7 +18,6 @@ from launch import describe
 from models.backbone import BackboneConfig, load_backbone, load_tokenizer
 from models.text_writer import Gumbel, TextWriter, WritingSettings
 from tests.launch.conftest import forget_accelerator
-from tests.runs import start_ranks
 
 DATA = "--data.source sample --data.sample_users 8 --data.sample_series 5 --texts.history_length 4".split()
 SAMPLE = DataConfig(source="sample", sample_users=8, sample_series=5)

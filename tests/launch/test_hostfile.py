@@ -2,7 +2,7 @@
 
 from deepspeed.launcher.runner import fetch_hostfile
 
-from tests.runs import ROOT
+from benchmarks.processes import ROOT
 
 
 def test_deepspeed_reads_the_example() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
+from benchmarks.processes import ROOT
 
 COMMANDS = {
     "srun": 'shift; SLURM_NODEID=0 setsid "$@" & echo $! > step; wait $!; wait $!',  # without --kill-on-bad-exit=1

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import models.text_encoder
+from benchmarks.processes import run, start
 from data.cold_items import with_cold_items
 from data.config import DataConfig
 from data.retrieval_examples import EvaluationHistories, RetrievalBatch, TrainingCuts
@@ -26,7 +27,6 @@ from models.pooling import pool
 from models.pretrained import load_saved_tokenizer
 from models.text_encoder import TextEncoder
 from models.tiny import TinyConfig
-from tests.runs import run, start
 
 SAMPLE = DataConfig(source="sample", sample_users=24, sample_series=10)
 ROWS = np.arange(9)

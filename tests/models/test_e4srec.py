@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.processes import run, start
 from data.config import DataConfig
 from data.item_examples import EvaluationItemPrompts, TrainingItemPrompts
 from data.item_prompts import ItemPromptLayout, ItemPromptSettings
@@ -19,7 +20,6 @@ from models.backbone import BackboneConfig, is_causal, load_backbone, load_token
 from models.e4srec import E4SRec, E4SRecConfig, OutputConfig
 from models.item_embeddings import ItemMatcher, ItemTable, ItemTableConfig
 from models.tiny import TinyConfig
-from tests.runs import run, start
 
 SAMPLE = DataConfig(source="sample", sample_users=24, sample_series=10)
 TINY = BackboneConfig(tiny=TinyConfig(hidden_size=32, layers=2))

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.processes import run, start, start_ranks
 from data.member_examples import NO_FOLD, MemberBatch
 from launch.config import parse
 from models.base import Loss, Recommender
 from models.ensemble import Ensemble, EnsembleConfig
-from tests.runs import losses, results, run, start, start_ranks
+from tests.runs import losses, results
 
 
 class Silent(Recommender):

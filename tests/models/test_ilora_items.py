@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.processes import run, start
 from data.batches import SequenceBatch
 from data.config import DataConfig
 from data.item_examples import EvaluationItemPrompts, TrainingItemPrompts
@@ -23,7 +24,6 @@ from models.moe_lora import add_moe_lora
 from models.sasrec import SASRec, SASRecConfig
 from models.sasrec_llara import SASRecLLaRA
 from models.tiny import TinyConfig
-from tests.runs import run, start
 
 SAMPLE = DataConfig(source="sample", sample_users=24, sample_series=10)
 WIDTH, SASREC_WIDTH, HISTORY = 32, 12, 8

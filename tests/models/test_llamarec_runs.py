@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import losses, results, run, start, start_ranks
+from benchmarks.processes import run, start, start_ranks
+from tests.runs import losses, results
 
 pytestmark = pytest.mark.slow
 COMMON = (

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.grid_rows import save_small_backbone
-from tests.runs import losses, results, run, start
+from benchmarks.processes import run, start
+from tests.runs import losses, results
 
 pytestmark = pytest.mark.slow
 COMMON = (

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.grid_rows import save_small_backbone
+from benchmarks.processes import Run, run, start
 from launch.loading import load_model
-from tests.runs import SMALL, Run, results, run, start
+from tests.runs import SMALL, results
 
 DATA = (
     "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.precision fp32 --train.trackers []"
