@@ -1,6 +1,6 @@
 """LRURec's recurrence in parallel against one step after the other, forward and backward.
 
-python benchmarks/linear_recurrence.py          (a minute on one thread; writes the table of docs/methods.md)
+python benchmarks/linear_recurrence.py          (a minute on one thread; writes its table into docs/methods/)
 
 The loop is plain PyTorch, whose steps autograd records. Both take turns, so that they meet the same machine, and are
 checked to agree.
@@ -42,7 +42,9 @@ def main() -> None:
     torch.manual_seed(0)
     measured = [measure(rows, length) for rows, length in SHAPES]
     RESULTS.write_text(json.dumps({"hardware": hardware(), "channels": CHANNELS, "shapes": measured}, indent=1))
-    write_section(ROOT / "docs" / "methods.md", "benchmarks/linear_recurrence.py", markdown(measured))
+    write_section(
+        ROOT / "docs" / "methods" / "sasrec-lrurec-gru4rec.md", "benchmarks/linear_recurrence.py", markdown(measured)
+    )
 
 
 def measure(rows: int, length: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """LlamaRec's ranking of a user's candidates in one pass against one prompt a candidate: users a second, side by side.
 
-python benchmarks/llamarec.py          (two minutes on one thread; writes the table of docs/methods.md)
+python benchmarks/llamarec.py          (two minutes on one thread; writes the table of docs/methods/llamarec.md)
 
 Both rank the same candidates of the same users with the same weights, through the same code: all candidates lettered in
 one prompt, whose last position scores them, or each alone behind the same history. They take turns, so both meet the
@@ -48,7 +48,7 @@ def main() -> None:
     settings |= {"hidden_size": SHAPE.hidden_size, "layers": SHAPE.layers}
     report = {"hardware": hardware(), "settings": settings, "goal": GOAL, "measured": measured}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    write_section(ROOT / "docs" / "methods.md", "benchmarks/llamarec.py", markdown(measured))
+    write_section(ROOT / "docs" / "methods" / "llamarec.md", "benchmarks/llamarec.py", markdown(measured))
     print(markdown(measured))
     sys.exit(0 if measured["ratio"]["median"] >= GOAL else 1)
 

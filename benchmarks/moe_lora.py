@@ -1,7 +1,7 @@
 """MoE-LoRA against the published computation and against plain LoRA: what a step keeps for its backward pass, and how
 long it takes.
 
-python benchmarks/moe_lora.py          (a minute on one thread; writes the table of docs/methods.md)
+python benchmarks/moe_lora.py          (a minute on one thread; writes the table of docs/methods/adapters.md)
 
 One Llama, one rank, one batch; the adapters take turns, so all of them meet the same machine. What an adapter keeps
 is what autograd saves with it, less what it saves without any. The published computation (iLoRA's code) makes every
@@ -62,7 +62,7 @@ def main() -> None:
     settings |= {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "layers": LAYERS, "heads": HEADS}
     report = {"hardware": hardware(), "settings": settings, "goals": GOALS, "measured": measured}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    write_section(ROOT / "docs" / "methods.md", "benchmarks/moe_lora.py", markdown(measured))
+    write_section(ROOT / "docs" / "methods" / "adapters.md", "benchmarks/moe_lora.py", markdown(measured))
     print(markdown(measured))
     sys.exit(0 if all(holds(result) for result in measured.values()) else 1)
 

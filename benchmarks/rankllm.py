@@ -1,6 +1,6 @@
 """Three ways to have one language model rank the same lists: how fast, and how well.
 
-python benchmarks/rankllm.py                          (the built-in backbone; writes the table of docs/methods.md)
+python benchmarks/rankllm.py                          (the built-in backbone; writes its table into docs/methods/)
 python benchmarks/rankllm.py --backbone FOLDER        (any backbone in Hugging Face format; writes nothing)
 
 The model learns for a while to write permutations and to rank by the first identifier (the combined objective), then
@@ -69,7 +69,7 @@ def main() -> None:
     print(markdown(measured))
     if arguments.backbone == TINY:
         RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-        write_section(ROOT / "docs" / "methods.md", "benchmarks/rankllm.py", markdown(measured))
+        write_section(ROOT / "docs" / "methods" / "rankllm.md", "benchmarks/rankllm.py", markdown(measured))
     sys.exit(0 if ratio(measured) >= GOAL else 1)
 
 

@@ -1,7 +1,7 @@
 """UR4Rec V2: a recommender of item ids and a retriever that reads texts, whose scores are fused.
 
-The design is that of the notes known as "UR4Rec V2 with MoE"; docs/methods.md says where this differs. Of the paper
-(Zhang et al., "UR4Rec", COLING 2025) it keeps the texts and the proxies.
+The design is that of the notes known as "UR4Rec V2 with MoE"; docs/methods/ur4rec-v2.md says where this differs. Of
+the paper (Zhang et al., "UR4Rec", COLING 2025) it keeps the texts and the proxies.
 """
 
 from collections.abc import Iterator

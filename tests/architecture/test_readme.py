@@ -11,9 +11,10 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from launch.config import parse
+from launch.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = "data models evaluation trainers launch ds_configs benchmarks docs tests".split()
 
 
@@ -74,6 +75,22 @@ def test_readme_shows_how_to_start() -> None:
     shown = commands(ROOT / "README.md")
     assert "make quickstart" in shown
     assert any(command.startswith("accelerate launch launch/train.py") for command in shown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_of_a_page_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing, f"{page.name} leads to {missing}"
+
+
+def test_every_method_has_a_page() -> None:
+    linked = re.findall(r"^\| \[(.+?)\]\(docs/methods/", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names = {name for cell in linked for name in re.findall(r"`([\w-]+)`", cell)}
+    unnamed = {
+        name for name in METHODS if name not in names and not any(name.endswith(n) for n in names if n[0] == "-")
+    }
+    assert unnamed <= {"ur4rec-pretrain"}, "a stage that the page of ur4rec has"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # UR4Rec V2 on MovieLens 100K: SASRec, then the text retriever, then both, then both and the text encoder's last layers.
-# Started again, it goes on where it was stopped. Figures are in docs/methods.md.
+# Started again, it goes on where it was stopped. Figures are in docs/methods/ur4rec-v2.md.
 #   launch/recipes/ml-100k/ur4rec-v2.sh [flags for every run, such as --train.seed 1]
 set -euo pipefail
 cd "$(dirname "$0")/../../.."

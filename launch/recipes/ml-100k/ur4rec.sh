@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # UR4Rec on MovieLens 100K: SASRec's item vectors, descriptions, the first stage, then the base ranker alone and with texts on
 # the same lists: each target among 100 random unseen items. Started again, it goes on where it was stopped. No result of these
-# settings yet; docs/methods.md has one of shorter runs.
+# settings yet; docs/methods/ur4rec.md has one of shorter runs.
 #   RANKER=sasrec WRITER=Qwen/Qwen2.5-7B-Instruct launch/recipes/ml-100k/ur4rec.sh [flags for every run, such as --train.seed 1]
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
