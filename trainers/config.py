@@ -39,11 +39,16 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decay rates."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after warm-up; linear and cosine reach zero as the last step ends."""
+    """Shape of the learning rate after warm-up; linear and cosine reach their end as the last step ends."""
+    final_lr_ratio: float = 0.0
+    """Where linear and cosine end, as a part of lr: 0.001 ends a rate of 0.001 at 1e-6."""
     warmup_steps: int = 0
     """Steps of linear warm-up from zero."""
     max_grad_norm: float = 0.0
     """Clip the global gradient norm to this value; 0 does not clip."""
+    max_grad_norms: dict[str, float] = field(default_factory=dict)
+    """Clip parameters whose names begin so to norms of their own, each beginning alone: {"sasrec": 1.0}; the longest
+    one counts, 0 does not clip, and max_grad_norm is for all others together."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast type; auto takes bf16 where the hardware multiplies it faster (CUDA, or a CPU with bf16 units)."""
     seed: int = 42
@@ -82,6 +87,11 @@ class TrainConfig:
         for prefix, epochs in self.frozen_epochs.items():
             if epochs < 1:
                 raise ValueError(f"--train.frozen_epochs has {prefix}: {epochs}, but must be at least 1")
+        for prefix, norm in self.max_grad_norms.items():
+            if norm < 0:
+                raise ValueError(f"--train.max_grad_norms has {prefix}: {norm}, but must not be negative")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"--train.final_lr_ratio is {self.final_lr_ratio}, but must be 0 to 1")
         for name in ("lr", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--train.{name} is {getattr(self, name)}, but must be above 0")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data.loaders import Share
 
 from .checkpoint import CannotSave
+from .optimizer import clipped_parts
 from .state import TrainingState, optimizer_state_of, share_buffers, weights_of
 from .watchdog import collective_timeout, join
 from .zero import Zero, compile_for_cpu
@@ -127,7 +128,7 @@ class Runtime:
         max_grad_norm: float = 0.0,
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap model and optimizer for this launch (DDP or ZeRO, autocast, loss scaling)."""
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.parts = max_grad_norm, clipped_parts(optimizer)
         if self.zero is not None:
             if not isinstance(optimizer, torch.optim.AdamW):
                 raise ValueError(
@@ -135,7 +136,7 @@ class Runtime:
                     "--train.optimizer adamw (with launch/accelerate/zero2_offload.yaml its moments wait in host "
                     "memory), or use launch/accelerate/ddp.yaml"
                 )
-            self.zero.configure(micro_batch_size, self.share.num_processes, max_grad_norm)
+            self.zero.configure(micro_batch_size, self.share.num_processes, max_grad_norm, self.parts)
             if self.zero.stage == 3:
                 self.zero.spread(model, self.device)
         return self.accelerator.prepare(model, optimizer)
@@ -151,13 +152,22 @@ class Runtime:
         average gradients over processes, so the sum is scaled up by their number first; the result is the exact mean
         over all labels, however they are spread. Under DeepSpeed the last one of a step also makes the step.
         """
-        self.accelerator.backward(total * (self.share.num_processes / global_count))
+        loss = total * (self.share.num_processes / global_count)
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Return the global gradient norm, after scaling the gradients down to max_grad_norm where that is above 0."""
+        """Return the global gradient norm, and scale the gradients, or each part's, down to the norm that was asked."""
         if self.zero is not None:  # it has clipped and stepped already
             return self.zero.grad_norm(self.device)
-        return self.accelerator.clip_grad_norm_(model.parameters(), self.max_grad_norm or torch.inf)
+        whole = torch.inf if self.parts else self.max_grad_norm or torch.inf
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), whole)
+        for part in self.parts:
+            if part.max_norm:
+                nn.utils.clip_grad_norm_(part.parameters, part.max_norm)
+        return norm
 
     def settle(self) -> None:
         """Let no pass leave anything behind that is in the way of reading or writing whole weights. Collective."""

@@ -7,7 +7,7 @@ weights, gradients and moments are float32, and a frozen base keeps the type it 
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
+
+from .optimizer import ClippedPart
 
 # Moments of AdamW by the names that torch gives them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,14 +74,20 @@ class Zero:
         offload = self.config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         return f"zero{self.stage}{'_offload' if offload else ''}"
 
-    def configure(self, micro_batch_size: int, num_processes: int, max_grad_norm: float) -> None:
-        """Fill in what the loop decides; raise ValueError where the configuration asks for something else."""
+    def configure(
+        self, micro_batch_size: int, num_processes: int, max_grad_norm: float, parts: Sequence[ClippedPart] = ()
+    ) -> None:
+        """Fill in what the loop decides; raise ValueError where the configuration asks for something else.
+
+        DeepSpeed clips all gradients as one; where `parts` are clipped each alone, it is done here.
+        """
+        self.parts = parts
         owned: Owned = {
             "train_micro_batch_size_per_gpu": (micro_batch_size, "--train.micro_batch_size"),
             "train_batch_size": (micro_batch_size * num_processes, "--train.batch_size"),
             # The loop says itself which micro-batch ends a step, for steps may have different numbers of them.
             "gradient_accumulation_steps": (1, "--train.batch_size and --train.micro_batch_size"),
-            "gradient_clipping": (max_grad_norm, "--train.max_grad_norm"),
+            "gradient_clipping": (0.0 if parts else max_grad_norm, "--train.max_grad_norm"),
         }
         for name, (value, flag) in owned.items():
             asked = self.config.get(name, "auto")
@@ -127,8 +135,39 @@ class Zero:
             self._optimizer.checkpoint_event_prologue()
             self._optimizer.checkpoint_event_epilogue()
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`; the last one of a step also clips and makes the step."""
+        ends_step = self.accelerator.sync_gradients
+        self.engine.set_gradient_accumulation_boundary(is_boundary=ends_step)
+        self.engine.backward(loss)
+        if ends_step:
+            if self.parts:
+                self._clip_parts()
+            self.engine.step()
+
+    def _clip_parts(self) -> None:
+        """Scale each part's gradients down to its own norm, in the slices that this process holds. Collective."""
+        part_of = {id(parameter): i for i, part in enumerate(self.parts) for parameter in part.parameters}
+        slices: list[list[Tensor]] = [[] for _ in self.parts]
+        if self.stage < 3:
+            self._optimizer._wait_for_offload_copies()
+        for group, (flat, parameters) in enumerate(self._flat_parameters()):
+            # With offload they are in the flat slice already, which is on the CPU.
+            gradients = self._optimizer.averaged_gradients.get(group) or [flat.grad]
+            slices[part_of[id(parameters[0])]] += gradients
+        norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(part))) for part in slices]
+        squares = torch.stack(norms).float().square().to(self.accelerator.device)
+        squares = self.accelerator.reduce(squares, reduction="sum")
+        for part, gradients, norm in zip(self.parts, slices, squares.sqrt(), strict=True):
+            if part.max_norm:
+                scale = (part.max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+                torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+        self._norm = squares.sum().sqrt()
+
     def grad_norm(self, device: torch.device) -> Tensor:
         """Return the gradient norm of the step just made, before clipping: a float32 scalar on `device`."""
+        if self.parts:
+            return self._norm.to(device)
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)
         return norm.masked_fill(norm < 0, torch.nan)  # DeepSpeed says -1 for a norm that is not finite
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.grid import STRATEGIES, environment, loss_difference
 from benchmarks.grid_rows import ROWS, bound, save_inputs, settings
 from benchmarks.processes import Run, run, start_ranks
-from tests.runs import results, validations
+from tests.runs import losses, results, validations
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_is_built")]
 CELLS = [
@@ -100,9 +100,12 @@ def test_a_strategy_trains_like_one_process_and_resumes(inputs: Path, tmp_path: 
 
 
 def test_a_run_goes_from_strategy_to_strategy(tmp_path: Path) -> None:
-    """Checkpoints hold whole tensors: two steps each under another stage, with DDP, and alone."""
-    row, chain = "sasrec float32", ("zero3", "zero1", "one", "zero3_offload", "ddp", "zero2")
-    flags = [*settings(row, tmp_path), *SHORT]
+    """Checkpoints hold whole tensors: two steps each under another stage, with DDP, and alone.
+
+    The blocks are clipped alone, to a norm so small that AdamW's epsilon holds them back: a wrong one would show.
+    """
+    row, chain = "sasrec float32", ("zero3", "zero1", "one", "zero3_offload", "ddp", "zero2_offload")
+    flags = [*settings(row, tmp_path), *SHORT, '--train.max_grad_norms={"blocks": 1e-6}']
     whole = run(*flags, f"--train.max_steps={2 * len(chain)}", output=tmp_path / "whole")
     assert whole.process.exitcode == 0, whole.text()
     for i, strategy in enumerate(chain, start=1):
@@ -115,6 +118,8 @@ def test_a_run_goes_from_strategy_to_strategy(tmp_path: Path) -> None:
         )
         finish(ranks)
     assert loss_difference(tmp_path / "run", tmp_path / "whole") <= bound(row)
+    norms = [[line["grad_norm"] for line in losses(tmp_path / name)] for name in ("run", "whole")]
+    assert norms[0] == pytest.approx(norms[1], abs=1e-5), "of all weights, before clipping"
 
 
 def test_weights_are_really_spread(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.sasrec import SASRec, SASRecConfig
 from trainers.config import TrainConfig
-from trainers.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainers.optimizer import build_optimizer, clipped_parts, learning_rate, set_learning_rate
 from trainers.state import load_optimizer_state, optimizer_state_of
 
 
@@ -25,6 +25,14 @@ def test_learning_rates(schedule, rates: dict[int, float]) -> None:
     config = TrainConfig(lr=3.0, schedule=schedule, warmup_steps=4)
     for step, rate in rates.items():
         assert learning_rate(step, 12, config) == pytest.approx(3 * rate, abs=1e-12), f"step {step}"
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])
+def test_a_schedule_ends_at_the_part_of_the_peak_that_was_asked_for(schedule, middle: float) -> None:
+    config = TrainConfig(lr=3.0, schedule=schedule, final_lr_ratio=0.1, warmup_steps=2)
+    rates = [learning_rate(step, 10, config) / 3 for step in (0, 2, 6, 10, 11)]
+    end = 1.0 if schedule == "constant" else 0.1
+    assert rates == pytest.approx([0.5, 1.0, middle, end, end])
 
 
 def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
@@ -86,6 +94,7 @@ def test_nothing_to_train_is_an_error() -> None:
         {"weight_decay": -0.1},
         {"warmup_steps": -1},
         {"max_grad_norm": -1.0},
+        {"final_lr_ratio": 1.5},
     ],
 )
 def test_settings_without_a_meaning_are_refused_by_their_flag(settings: dict[str, float]) -> None:
@@ -118,6 +127,28 @@ def test_frozen_parameters_stay_as_they_are_until_their_epochs_are_over() -> Non
         optimizer.zero_grad()
         moved = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
         assert moved == {"table.weight": epoch >= 2, "head.weight": True}
+
+
+def test_parts_are_clipped_by_the_longest_beginning_of_their_names() -> None:
+    model = SASRec(SASRecConfig(hidden_size=8, num_blocks=2), num_items=5)
+    norms = {"blocks": 2.0, "blocks.1": 3.0}
+    config = TrainConfig(max_grad_norm=1.0, max_grad_norms=norms, weight_decay=0.1, lr_multipliers={"blocks.0": 0.5})
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = clipped_parts(build_optimizer(model, config))
+    parts = {part.max_norm: [names[id(p)] for p in part.parameters] for part in found}
+    assert sorted(parts) == [1.0, 2.0, 3.0]
+    assert {name.startswith("blocks") for name in parts[1.0]} == {False}
+    assert {name[:8] for name in parts[2.0]} == {"blocks.0"}, "whatever their rates and decays"
+    assert {name[:8] for name in parts[3.0]} == {"blocks.1"}
+    assert sum(map(len, parts.values())) == len(names)
+    assert clipped_parts(build_optimizer(model, TrainConfig(max_grad_norm=1.0))) == [], "all are clipped as one"
+
+
+def test_a_norm_below_zero_or_for_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"--train\.max_grad_norms has bias: -1"):
+        TrainConfig(max_grad_norms={"bias": -1.0})
+    with pytest.raises(ValueError, match=r"max_grad_norms has gate.*names begin with bias, weight"):
+        build_optimizer(nn.Linear(2, 2), TrainConfig(max_grad_norms={"gate": 2.0}))
 
 
 def test_a_rate_for_nothing_is_an_error() -> None:

@@ -9,6 +9,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from trainers import runtime as runtime_module
+from trainers.config import TrainConfig
+from trainers.optimizer import build_optimizer
 from trainers.runtime import HostCopy, Runtime, best_precision, leave
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -51,6 +53,20 @@ def test_precision_reaches_the_model(fresh_state, precision: str, dtype: torch.d
     assert own.unwrap(prepared)(torch.ones(1, 4)) == [dtype], "evaluation keeps it"
     assert own.scaler is None
     assert model.layer.weight.dtype == torch.float32, "weights and optimizer stay in float32"
+
+
+def test_parts_are_clipped_each_to_its_own_norm(fresh_state) -> None:
+    model = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("tower", "head", "free", "rest")})
+    config = TrainConfig(max_grad_norm=2.0, max_grad_norms={"tower": 0.5, "head": 50.0, "free": 0.0})
+    own = Runtime("fp32")
+    prepared, _ = own.prepare(model, build_optimizer(model, config), max_grad_norm=config.max_grad_norm)
+    sum(10 * p.sum() for p in model.parameters()).backward()
+    each = 10 * 8**0.5  # of 6 weights and 2 biases
+    assert own.clip_grad_norm(prepared).item() == pytest.approx(2 * each), "the norm of all, before clipping"
+    norms = {name: torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for name, part in model.items()}
+    assert {name: norm.item() for name, norm in norms.items()} == pytest.approx(
+        {"tower": 0.5, "head": each, "free": each, "rest": 2.0}, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, 8), (2, 4), (3, 2), (99, 1)])
