@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from data.batches import Examples
 from data.descriptions import Descriptions, DescriptionSettings
-from data.preference_batches import EvaluationPreferences, PreferenceRows, ProfileSentences, TrainingPreferences
+from data.preference_batches import (
+    EvaluationPreferences,
+    PreferenceRows,
+    ProfileSentences,
+    TrainingPreferences,
+    split_sentences,
+)
 from data.splits import Phase, Split
 from data.title_tokens import TokenTable
 from evaluation.metrics import per_user_metrics
@@ -103,11 +109,24 @@ class Texts:
         known_users = split.name != HISTORIES and split.num_users == num_users
         return PreferenceRows(split, *self.made[1:], window, known_users)
 
+    def item_sentences(self) -> list[list[str]]:
+        """What is encoded of each item's text: all in one, or its first sentences, as many of each, some empty."""
+        texts, config = self.descriptions(self.setting.split).item_texts, self.config
+        if not config.co_attention:
+            return [[text] for text in texts]
+        found = [split_sentences(text, config.description_sentences) for text in texts]
+        return [sentences + [""] * (config.description_sentences - len(sentences)) for sentences in found]
+
     def of_items(self) -> Tensor:
-        return self.vectors(self.descriptions(self.setting.split).item_texts)
+        """The items' texts as vectors, [N + 1, Q, T]."""
+        sentences = self.item_sentences()
+        return self.vectors([s for text in sentences for s in text]).unflatten(0, (len(sentences), -1))
 
     def item_tokens(self) -> TokenTable:
-        return self.tokens(self.descriptions(self.setting.split).item_texts)
+        """The tokens of what `of_items` encodes, none of an empty sentence."""
+        sentences = [s for text in self.item_sentences() for s in text]
+        table = self.tokens(sentences)
+        return TokenTable.of([table[i].tolist() if sentence else [] for i, sentence in enumerate(sentences)])
 
     def tokens(self, texts: Sequence[str]) -> TokenTable:
         """The texts' tokens with the special ones around them; the first, empty text has some, too."""

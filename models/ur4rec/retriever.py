@@ -4,6 +4,7 @@ R rows (a user at a cut), n candidates of each, N items, S slots of a context, D
 are [R, n, D], or [1, n, D] where all rows have the same ones: what does not depend on the user is computed once.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dropout import Dropout
+from .co_attention import CoAttention
 from .memory import MemoryGate
 from .v2_config import UR4RecV2Config
 
@@ -18,10 +20,18 @@ EXPERTS = ("user_text", "item_text", "item_vector")  # what each looks at
 
 
 class Candidates(NamedTuple):
-    """Items as the retriever sees them, [R or 1, n, D] each."""
+    """Items as the retriever sees them, [R or 1, n, D] each; `sentences` of their texts only for co-attention."""
 
     text: Tensor
     vector: Tensor
+    sentences: Tensor | None = None  # [R or 1, n, Q * D], zeros where a text has fewer
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Candidates":
+        return Candidates(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+
+    def chosen(self, items: Tensor) -> "Candidates":
+        """Return some of the catalogue, whose tensors have a row an item."""
+        return self.each(lambda table: F.embedding(items, table))
 
     @property
     def query(self) -> Tensor:
@@ -150,13 +160,18 @@ class Retriever(nn.Module):
         self.experts = nn.ModuleList(Expert(config) for _ in EXPERTS)
         self.router, self.proxies = Router(config), Proxies(config)
         self.memory_gate = MemoryGate(config.hidden_size) if config.memory.enabled else None
+        self.co_attention = CoAttention(config) if config.co_attention else None
 
     def unit(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
-    def catalogue(self, texts_NT: Tensor) -> Candidates:
-        """Return all items, [N + 1, D] each, with row 0 of padding."""
-        return Candidates(self.unit(self.item_text(texts_NT)), self.unit(self.item_vector.weight))
+    def catalogue(self, texts_NQT: Tensor) -> Candidates:
+        """Return all items, [N + 1, D] each, with row 0 of padding, from the Q sentences of each text, or its whole."""
+        there = (texts_NQT != 0).any(-1, keepdim=True)
+        sentences = self.unit(self.item_text(texts_NQT)) * there
+        text = self.unit(sentences.sum(1) / there.sum(1).clamp(min=1))
+        vector = self.unit(self.item_vector.weight)
+        return Candidates(text, vector, sentences.flatten(1) if self.co_attention is not None else None)
 
     def user(
         self, items: Candidates, history_RL: Tensor, lengths_R: Tensor, profile_RPT: Tensor, real_RP: Tensor
@@ -167,7 +182,8 @@ class Retriever(nn.Module):
         ages = torch.arange(min(self.config.history, history_RL.shape[1]), device=history_RL.device)
         real = ages < lengths_R[:, None]  # [R, S]
         newest = history_RL.gather(1, (lengths_R[:, None] - 1 - ages).clamp(min=0))
-        vectors = [self.dropout(F.embedding(newest, table) + self.ages.weight[: len(ages)]) for table in items]
+        looked_at = (F.embedding(newest, table) for table in (items.text, items.vector))
+        vectors = [self.dropout(slots + self.ages.weight[: len(ages)]) for slots in looked_at]
         return User(text, (Context(sentences, real_RP), *(Context(slots, real) for slots in vectors)))
 
     def answer(self, user: User, candidates: Candidates, memory_RD: Tensor | None = None) -> Tensor:
@@ -179,6 +195,14 @@ class Retriever(nn.Module):
         m = sum(share_Rn3[..., k : k + 1] * x for k, x in enumerate(looked))
         r = self.proxies(m)
         return r if memory_RD is None or self.memory_gate is None else self.memory_gate(r, memory_RD[:, None])
+
+    def scores(self, user: User, r_RnD: Tensor, candidates: Candidates) -> Tensor:
+        """Return [R, n] float32: similarity, and the fit of preference and description where that is asked for."""
+        found = self.similarity(r_RnD, candidates.query)
+        if self.co_attention is None or candidates.sentences is None:
+            return found
+        with torch.autocast(found.device.type, enabled=False):
+            return found + self.co_attention(*user.contexts[0], candidates.sentences) / self.config.temperature
 
     def similarity(self, r_RnD: Tensor, query_RnD: Tensor) -> Tensor:
         """Return scores [R, n] float32 of answers and queries, or of one answer a row and all queries."""

@@ -44,7 +44,7 @@ class Known(NamedTuple):
 class UR4RecV2(Recommender):
     """SASRec, the retriever with its memory, and the fusion; R rows, N items, D width, H width of SASRec's states."""
 
-    item_texts: Tensor  # [N + 1, T] float16: what the encoder made of the items' texts
+    item_texts: Tensor  # [N + 1, Q, T] float16: what the encoder made of the items' texts, whole or by sentences
     saved_buffers: tuple[str, ...] = ("item_texts", "fusion.shift")
 
     def __init__(
@@ -64,7 +64,7 @@ class UR4RecV2(Recommender):
         sasrec.requires_grad_(self.trains_sasrec)
         draws_hard = config.num_negatives > 0 and config.hard_share > 0
         self.reads_sasrec = self.trains_sasrec or draws_hard or config.fusion.kind != "fixed"  # to be trained
-        self.retriever = Retriever(config, sasrec.num_items, item_texts.shape[1])
+        self.retriever = Retriever(config, sasrec.num_items, item_texts.shape[-1])
         self.memory: Memory | None = None
         if config.memory.enabled:
             self.memory = Memory(config.memory, num_users, config.hidden_size)
@@ -96,7 +96,7 @@ class UR4RecV2(Recommender):
         masked, target = no_candidates(batch, len(self.item_texts)), batch.targets
         if self.config.num_negatives:
             drawn = self.draw(batch, sasrec, masked)
-            scores = self.ask_retriever(known, Candidates(*(F.embedding(drawn, table) for table in known.items)))
+            scores = self.ask_retriever(known, known.items.chosen(drawn))
             masked = masked.gather(1, drawn) | (drawn == batch.targets[:, None])
             target = torch.zeros_like(batch.targets)
             sasrec = None if sasrec is None else sasrec.gather(1, drawn)
@@ -144,7 +144,7 @@ class UR4RecV2(Recommender):
             items, history, lengths, F.embedding(batch.sentences, vectors), real_RP=batch.sentences > 0
         )
         last = history.gather(1, (lengths[:, None] - 1).clamp(min=0))
-        newest = Candidates(*(F.embedding(last, table) for table in items))
+        newest = items.chosen(last)
         if self.memory is None:
             return Known(items, user, newest, None)
         news = self.retriever.answer(user, newest)[:, 0]
@@ -155,7 +155,7 @@ class UR4RecV2(Recommender):
         return Known(items, user, newest, after)
 
     def encode(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Return the texts of all items [N + 1, T] and those of the batch's sentences [M, T] as vectors."""
+        """Return the texts of all items [N + 1, Q, T] and those of the batch's sentences [M, T] as vectors."""
         if self.encoder is None:
             assert batch.vectors is not None
             return self.item_texts, batch.vectors
@@ -168,10 +168,11 @@ class UR4RecV2(Recommender):
         return self._encoded, vectors
 
     def encode_items(self) -> Tensor:
-        """Return the items' texts as vectors, [N + 1, T], each process encoding its share. Collective."""
+        """Return the items' texts as vectors, [N + 1, Q, T], each process encoding its share. Collective."""
         assert self.encoder is not None
         assert self.item_tokens is not None
-        by_length = 1 + np.argsort(self.item_tokens.lengths[1:], kind="stable")
+        lengths = self.item_tokens.lengths  # 0 where there is nothing to encode
+        by_length = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :]
         state = PartialState()
         own = by_length[state.process_index :: state.num_processes]
         pieces = tuple(
@@ -181,7 +182,7 @@ class UR4RecV2(Recommender):
         vectors = gather_rows(F.normalize(self.encoder.encode(pieces), dim=1)).rows
         places = gather_rows(torch.from_numpy(own).to(vectors.device)).rows
         table = torch.zeros(self.item_texts.shape, dtype=vectors.dtype, device=vectors.device)
-        return table.index_copy(0, places, vectors)
+        return table.flatten(0, 1).index_copy(0, places, vectors).view_as(table)
 
     # --- Scores ---
 
@@ -195,15 +196,19 @@ class UR4RecV2(Recommender):
 
     def ask_retriever(self, known: Known, candidates: Candidates | None = None) -> Tensor:
         """Return the retriever's scores of the candidates, or of the catalogue, [R, n] float32."""
-        candidates = candidates or Candidates(*(table[None] for table in known.items))
+        candidates = candidates or known.items.each(lambda table: table[None])
+        answer = None
         if self.config.answers == "user":
             answer = self.retriever.answer(known.user, known.newest, known.memory)
-            return self.retriever.similarity(answer, candidates.query)
+            if not self.config.co_attention:
+                return self.retriever.scores(known.user, answer, candidates)
 
         def some(part: Candidates) -> Tensor:
-            return self.retriever.similarity(self.retriever.answer(known.user, part, known.memory), part.query)
+            own = self.retriever.answer(known.user, part, known.memory) if answer is None else answer
+            return self.retriever.scores(known.user, own, part)
 
-        parts = [Candidates(*part) for part in zip(*(x.split(AT_ONCE, dim=1) for x in candidates), strict=True)]
+        starts = range(0, candidates.text.shape[1], AT_ONCE)
+        parts = [candidates.each(lambda x, start=start: x[:, start : start + AT_ONCE]) for start in starts]  # type: ignore[misc]
         again = torch.is_grad_enabled() and len(parts) > 1  # or memory would grow with the catalogue
         # To the end, since ZeRO-3 gives weights back where a module ends.
         each = [

@@ -71,6 +71,11 @@ class UR4RecV2Config:
     answers: Literal["user", "candidate"] = "user"
     """user: the experts look once a user, for the newest event of the history, and candidates are compared with that
     answer. candidate: they look anew for each candidate, as published, which costs a hundred times as much."""
+    co_attention: bool = False
+    """Also compare the user's text and each item's sentence by sentence, each attending to the other. An item's text is
+    then the mean of its sentences."""
+    description_sentences: int = 2
+    """Sentences of an item's text that co_attention reads, each as a vector."""
     history: int = 50
     """Newest events that the retriever's experts look at."""
     hidden_size: int = 64

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.config import DataConfig
 from data.descriptions import Descriptions, DescriptionSettings
@@ -23,10 +23,10 @@ from data.preference_batches import (
 from data.sources import read
 from data.splits import Split, split
 from models.sasrec import SASRec, SASRecConfig
+from models.ur4rec.co_attention import CoAttention
 from models.ur4rec.fusion import Fusion, standardised
 from models.ur4rec.losses import Uncertainty, part_loss
 from models.ur4rec.memory import NEVER, Memory
-from models.ur4rec.retriever import Candidates
 from models.ur4rec.v2 import UR4RecV2, no_candidates
 from models.ur4rec.v2_config import FusionConfig, MemoryConfig, UR4RecV2Config
 from tests.distributed.test_contrastive import two_processes
@@ -54,7 +54,9 @@ def rows(parts: Split) -> PreferenceRows:
 def model_of(parts: Split, **settings: Any) -> UR4RecV2:
     torch.manual_seed(0)
     sasrec = SASRec(SASRecConfig(hidden_size=8, window=WINDOW, num_blocks=1), parts.num_items)
-    texts = torch.nn.functional.normalize(torch.randn(parts.num_items + 1, TEXT_WIDTH), dim=1).half()
+    sentences = 2 if settings.get("co_attention") else 1
+    texts = torch.nn.functional.normalize(torch.randn(parts.num_items + 1, sentences, TEXT_WIDTH), dim=2).half()
+    texts[0], texts[3, 1:] = 0, 0  # padding, and an item of one sentence
     config = UR4RecV2Config(**({"hidden_size": 16, "num_heads": 2, "answers": "candidate"} | settings))
     return UR4RecV2(config, sasrec, texts, parts.num_users)
 
@@ -157,27 +159,61 @@ def test_a_user_without_any_text_is_scored(rows: PreferenceRows, parts: Split) -
     assert model(nothing)[:, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("co_attention", [False, True])
 @pytest.mark.parametrize("answers", ["candidate", "user"])
-def test_chosen_candidates_score_as_in_the_catalogue(rows: PreferenceRows, parts: Split, answers: str) -> None:
-    model = model_of(parts, answers=answers).eval()
+def test_chosen_candidates_score_as_in_the_catalogue(
+    rows: PreferenceRows, parts: Split, answers: str, co_attention: bool
+) -> None:
+    model = model_of(parts, answers=answers, co_attention=co_attention).eval()
     known = model.read(EvaluationPreferences(rows, "test").collate(np.arange(5)))
     chosen = torch.randint(1, parts.num_items + 1, (5, 7), generator=torch.Generator().manual_seed(2))
-    candidates = Candidates(*(table[chosen] for table in known.items))
     whole = model.ask_retriever(known)
-    torch.testing.assert_close(model.ask_retriever(known, candidates), whole.gather(1, chosen), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model.ask_retriever(known, known.items.chosen(chosen)), whole.gather(1, chosen), atol=1e-4, rtol=1e-4
+    )
 
 
+@pytest.mark.parametrize("settings", [{}, {"answers": "user", "co_attention": True}])
 def test_candidates_in_parts_have_the_same_scores_and_gradients(
-    rows: PreferenceRows, parts: Split, monkeypatch: pytest.MonkeyPatch
+    rows: PreferenceRows, parts: Split, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     batch = TrainingPreferences(rows, cuts=2, negatives=0, seed=0).collate(np.arange(4), 0)
     gradients = []
     for at_once in (10_000, 17):
         monkeypatch.setattr("models.ur4rec.v2.AT_ONCE", at_once)
-        model = model_of(parts, dropout=0.0)
+        model = model_of(parts, dropout=0.0, **settings)
         model(batch).total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.retriever.parameters()]))  # type: ignore[union-attr]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+def test_co_attention_by_hand() -> None:
+    """Two sentences of the user beside a third that is none; an item of two sentences and one of one."""
+    torch.manual_seed(0)
+    fit = CoAttention(UR4RecV2Config(hidden_size=4, num_heads=1, temperature=0.5))
+    nn.init.normal_(fit.affinity.weight)
+    preference, described = torch.randn(1, 3, 4), torch.randn(1, 2, 2, 4)
+    described[0, 1, 1] = 0
+    found = fit(preference, torch.tensor([[True, True, False]]), described.flatten(2))
+    s, expected = preference[0, :2], []
+    for d in (described[0, 0], described[0, 1, :1]):
+        affinity = s @ fit.affinity.weight.T @ d.T / 0.5
+        in_preference, in_description = affinity.softmax(0).T @ s, affinity.softmax(1) @ d
+        expected.append(((d * in_preference).sum(1).mean() + (s * in_description).sum(1).mean()) / 2)
+    torch.testing.assert_close(found[0], torch.stack(expected))
+    assert fit(preference, torch.zeros(1, 3, dtype=torch.bool), described.flatten(2)).tolist() == [[0, 0]]
+
+
+def test_co_attention_changes_scores_by_its_weight(rows: PreferenceRows, parts: Split) -> None:
+    model = model_of(parts, answers="user", co_attention=True).eval()
+    known = model.read(EvaluationPreferences(rows, "test").collate(np.arange(4)))
+    scores = model.ask_retriever(known)
+    nn.init.zeros_(model.retriever.co_attention.weight)  # type: ignore[union-attr]
+    alone = model.ask_retriever(known)
+    answer = model.retriever.answer(known.user, known.newest, known.memory)
+    everything = known.items.each(lambda table: table[None])
+    torch.testing.assert_close(alone, model.retriever.similarity(answer, everything.query))
+    assert (scores - alone).abs()[:, 1:].min() > 0
 
 
 def test_ids_out_of_range_are_errors(rows: PreferenceRows, parts: Split) -> None:
@@ -196,7 +232,7 @@ def test_every_trained_weight_gets_a_gradient(rows: PreferenceRows, parts: Split
     batch = TrainingPreferences(rows, cuts=2, negatives=0, seed=0).collate(np.arange(6), 0)
     for settings in (
         {},
-        {"answers": "user"},
+        {"answers": "user", "co_attention": True},
         {"train": "joint", "init": Path("x"), "balance": "uncertainty", "fusion": FusionConfig(kind="user")},
     ):
         model = model_of(parts, **settings)

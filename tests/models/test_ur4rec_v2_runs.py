@@ -17,7 +17,8 @@ DATA = (
     "--data.source sample --data.sample_users 96 --data.sample_series 20 --train.precision fp32 --train.trackers []"
 ).split()
 STAGE = (
-    "--method.cuts 4 --method.hidden_size 32 --method.history 8 --train.batch_size 16 --train.epochs 2 --train.lr 0.003"
+    "--method.cuts 4 --method.hidden_size 32 --method.history 8 --method.co_attention true "
+    "--train.batch_size 16 --train.epochs 2 --train.lr 0.003"
 ).split()
 
 
@@ -96,7 +97,9 @@ def test_later_stages_go_on_and_train_what_they_name(inputs: Path, retriever: Ru
     layers = {name.split(".layers.")[1].split(".")[0] for name in saved if name.startswith("encoder")}
     assert layers == {"1"}, "the last of two"
     texts = weights(joint)["item_texts"].float(), saved["item_texts"].float()
+    assert texts[0].shape[1] == 2, "sentences of each item's text"
     assert 0 < (texts[0] - texts[1])[1:].abs().max() < 0.5, "the trained encoder's, not another's"
+    assert torch.equal(texts[0].any(-1), texts[1].any(-1)), "and nothing where there is no sentence"
     loaded = load_model(whole.folder).model
     for name, parameter in loaded.named_parameters():
         if parameter.requires_grad:
