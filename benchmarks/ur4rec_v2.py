@@ -1,0 +1,120 @@
+"""What each setting of UR4Rec V2 brings on MovieLens 100K: stage 2 of its recipe with one of them changed at a time.
+
+python benchmarks/ur4rec_v2.py          (an hour on one thread; writes the table of docs/methods.md)
+
+Begins with the recipe's runs/ml-100k-sasrec. All runs have the same budget, a part of the recipe's, and no patience.
+Runs that are there are not done again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.document import hardware, write_section
+from evaluation.significance import compare_runs
+from launch.run_folder import commit_of_clone
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "ur4rec-v2.json"
+METRIC = "NDCG@10"
+EPOCHS, CUTS = 16, 8
+COMMON = (
+    f"--model ur4rec-v2 --recipe launch/recipes/ml-100k/ur4rec-v2.yaml --train.epochs {EPOCHS} --method.cuts {CUTS} "
+    "--train.patience null --train.eval_every_epochs 2 --train.seed 42 --train.trackers []"
+).split()
+COSINE = "--train.schedule cosine --train.warmup_steps 150 --train.final_lr_ratio 0.001"
+CLIPPED = '--train.max_grad_norms {"retriever":1.0,"memory":1.0}'
+LARGER = "--method.hidden_size 128 --method.num_heads 8 --method.proxies 8"
+ALL = (
+    f"--method.fusion.kind user --method.fusion.curriculum_epochs 4 --method.balance uncertainty "
+    f"--method.co_attention true {COSINE} {CLIPPED}"
+)
+REFERENCE = "settings of the recipe"
+VARIANTS = {
+    REFERENCE: "",
+    "fusion learned": "--method.fusion.kind learned",
+    "fusion learned, uncertainty weighting": "--method.fusion.kind learned --method.balance uncertainty",
+    "fusion by user": "--method.fusion.kind user",
+    "fusion by user, curriculum of 4 epochs": "--method.fusion.kind user --method.fusion.curriculum_epochs 4",
+    "co-attention": "--method.co_attention true",
+    "cosine to 1e-6, warm-up of 5 epochs": COSINE,
+    "clipping of each module to 1": CLIPPED,
+    "100 negatives, 30 % hard": "--method.num_negatives 100 --method.hard_share 0.3",
+    "100 uniform negatives": "--method.num_negatives 100 --method.hard_share 0",
+    "20 uniform negatives": "--method.num_negatives 20 --method.hard_share 0",
+    "20 uniform negatives, and in-batch ones": "--method.num_negatives 20 --method.hard_share 0 --method.in_batch true",
+    "no memory": "--method.memory.enabled false",
+    "experts without residual, as published": "--method.residual false",
+    "together: fusion by user, curriculum, uncertainty, co-attention, cosine, clipping": ALL,
+    "width 128, 8 heads, 8 proxies": LARGER,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train UR4Rec V2 with one setting changed at a time.")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ur4rec-v2-settings"), help="folder of the runs")
+    parser.add_argument("--sasrec", type=Path, default=Path("runs/ml-100k-sasrec"), help="the run of stage 1")
+    parser.add_argument("flags", nargs="*", help="flags for every run, behind --")
+    arguments = parser.parse_args()
+    for number, flags in enumerate(VARIANTS.values()):
+        folder = arguments.runs / str(number)
+        if not (folder / "results.json").is_file():
+            own = [f"--method.sasrec={arguments.sasrec}", f"--output={folder}", *arguments.flags]
+            command = [sys.executable, "launch/train.py", *COMMON, *flags.split(), *own]
+            subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        report = {"hardware": hardware() | {"threads": 1}, "commit": commit_of_clone(), "epochs": EPOCHS, "cuts": CUTS}
+        done = [found(arguments.runs, i) for i in range(number + 1)]
+        RESULTS.write_text(json.dumps(report | {"runs": done}, indent=1) + "\n")
+    write_section(ROOT / "docs" / "methods.md", "benchmarks/ur4rec_v2.py", markdown(json.loads(RESULTS.read_text())))
+
+
+def found(runs: Path, number: int) -> dict[str, Any]:
+    """Return the figures of a run, and of its difference from the first one on the same users."""
+    name, folder = list(VARIANTS)[number], runs / str(number)
+    results = json.loads((folder / "results.json").read_text())
+    (paired,) = compare_runs(runs / "0" / "ranks" / "test.parquet", folder / "ranks" / "test.parquet", (METRIC,))
+    return {
+        "name": name,
+        "flags": VARIANTS[name],
+        "valid": results["valid"][METRIC],
+        "test": results["test"][METRIC],
+        "interval": results["test"]["intervals"][METRIC],
+        "retriever alone": results["parts"]["retriever"]["test"][METRIC],
+        "sasrec alone": results["parts"]["sasrec"]["test"][METRIC],
+        "difference": paired.difference,
+        "difference_interval": paired.interval,
+        "p": paired.p_value,
+        "seconds": results["timing"]["train_seconds"],
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    machine, runs = report["hardware"], report["runs"]
+    lines = [
+        f"{machine['device']}, one thread, torch {machine['packages']['torch']}; {METRIC}, full ranking, seed 42, "
+        f"{report['epochs']} epochs of {report['cuts']} targets a user; SASRec alone has {runs[0]['sasrec alone']:.4f} "
+        "on test. Intervals are 95 % bootstrap intervals over users, p is that of a paired permutation test, both of "
+        "the difference from the first row.",
+        "",
+        "| what | validation | test | retriever alone, test | difference, test | p | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        low, high = run["interval"]
+        cells = [run["name"], f"{run['valid']:.4f}", f"{run['test']:.4f} ({low:.4f} to {high:.4f})"]
+        cells.append(f"{run['retriever alone']:.4f}")
+        low, high = run["difference_interval"]
+        is_first = run is runs[0]
+        cells += ["", ""] if is_first else [f"{run['difference']:+.4f} ({low:+.4f} to {high:+.4f})", f"{run['p']:.3f}"]
+        lines.append("| " + " | ".join([*cells, f"{run['seconds'] / 60:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
