@@ -63,7 +63,8 @@ UR4REC = (
 UR4REC_V2 = (
     "--model ur4rec-v2 --method.sasrec {inputs}/sasrec --method.encoder {inputs}/backbone --data.cache {inputs}/cache "
     "--method.cuts 4 --method.hidden_size 16 --method.num_heads 2 --method.history 8 --method.answers candidate "
-    "--method.dropout 0 --method.fusion.kind user --method.fusion.dropout 0 --method.balance uncertainty"
+    "--method.dropout 0 --method.fusion.kind user --method.fusion.dropout 0 --method.balance uncertainty "
+    "--method.co_attention true"
 )
 ROWS = {
     "sasrec float32": f"{SASREC} {FP32}",

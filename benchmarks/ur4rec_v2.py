@@ -16,9 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.document import hardware, write_section
+from benchmarks.document import write_section
 from evaluation.significance import compare_runs
-from launch.run_folder import commit_of_clone
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ur4rec-v2.json"
@@ -62,23 +61,30 @@ def main() -> None:
     parser.add_argument("--sasrec", type=Path, default=Path("runs/ml-100k-sasrec"), help="the run of stage 1")
     parser.add_argument("flags", nargs="*", help="flags for every run, behind --")
     arguments = parser.parse_args()
-    for number, flags in enumerate(VARIANTS.values()):
-        folder = arguments.runs / str(number)
+    for name, flags in VARIANTS.items():
+        folder = folder_of(arguments.runs, name)
         if not (folder / "results.json").is_file():
             own = [f"--method.sasrec={arguments.sasrec}", f"--output={folder}", *arguments.flags]
             command = [sys.executable, "launch/train.py", *COMMON, *flags.split(), *own]
             subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        report = {"hardware": hardware() | {"threads": 1}, "commit": commit_of_clone(), "epochs": EPOCHS, "cuts": CUTS}
-        done = [found(arguments.runs, i) for i in range(number + 1)]
-        RESULTS.write_text(json.dumps(report | {"runs": done}, indent=1) + "\n")
-    write_section(ROOT / "docs" / "methods.md", "benchmarks/ur4rec_v2.py", markdown(json.loads(RESULTS.read_text())))
+    done = [found(arguments.runs, name) for name in VARIANTS]
+    environment = json.loads((folder_of(arguments.runs, REFERENCE) / "environment.json").read_text())
+    del environment["command"]
+    report = {"environment": environment, "epochs": EPOCHS, "cuts": CUTS, "runs": done}
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    write_section(ROOT / "docs" / "methods.md", "benchmarks/ur4rec_v2.py", markdown(report))
 
 
-def found(runs: Path, number: int) -> dict[str, Any]:
+def folder_of(runs: Path, name: str) -> Path:
+    return runs / str(list(VARIANTS).index(name))
+
+
+def found(runs: Path, name: str) -> dict[str, Any]:
     """Return the figures of a run, and of its difference from the first one on the same users."""
-    name, folder = list(VARIANTS)[number], runs / str(number)
+    folder = folder_of(runs, name)
     results = json.loads((folder / "results.json").read_text())
-    (paired,) = compare_runs(runs / "0" / "ranks" / "test.parquet", folder / "ranks" / "test.parquet", (METRIC,))
+    ranks = [path / "ranks" / "test.parquet" for path in (folder_of(runs, REFERENCE), folder)]
+    (paired,) = compare_runs(ranks[0], ranks[1], (METRIC,))
     return {
         "name": name,
         "flags": VARIANTS[name],
@@ -95,12 +101,12 @@ def found(runs: Path, number: int) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    machine, runs = report["hardware"], report["runs"]
+    machine, runs = report["environment"], report["runs"]
+    where = f"{machine['device']}, {machine['threads']} thread, torch {machine['packages']['torch']}"
     lines = [
-        f"{machine['device']}, one thread, torch {machine['packages']['torch']}; {METRIC}, full ranking, seed 42, "
-        f"{report['epochs']} epochs of {report['cuts']} targets a user; SASRec alone has {runs[0]['sasrec alone']:.4f} "
-        "on test. Intervals are 95 % bootstrap intervals over users, p is that of a paired permutation test, both of "
-        "the difference from the first row.",
+        f"{where}; {METRIC}, full ranking, seed 42, {report['epochs']} epochs of {report['cuts']} targets a user. "
+        f"SASRec alone has {runs[0]['sasrec alone']:.4f} on test. Intervals are 95 % bootstrap intervals over users, p "
+        "is that of a paired permutation test, both of the difference from the first row.",
         "",
         "| what | validation | test | retriever alone, test | difference, test | p | minutes |",
         "| --- | --- | --- | --- | --- | --- | --- |",
