@@ -1,6 +1,6 @@
 """What each setting of UR4Rec V2 brings on MovieLens 100K: stage 2 of its recipe with one of them changed at a time.
 
-python benchmarks/ur4rec_v2.py          (an hour on one thread; writes the table of docs/methods.md)
+python benchmarks/ur4rec_v2.py          (an hour on one thread; writes the table of docs/methods/ur4rec-v2.md)
 
 Begins with the recipe's runs/ml-100k-sasrec. All runs have the same budget, a part of the recipe's, and no patience.
 Runs that are there are not done again.
@@ -72,7 +72,7 @@ def main() -> None:
     del environment["command"]
     report = {"environment": environment, "epochs": EPOCHS, "cuts": CUTS, "runs": done}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    write_section(ROOT / "docs" / "methods.md", "benchmarks/ur4rec_v2.py", markdown(report))
+    write_section(ROOT / "docs" / "methods" / "ur4rec-v2.md", "benchmarks/ur4rec_v2.py", markdown(report))
 
 
 def folder_of(runs: Path, name: str) -> Path:
