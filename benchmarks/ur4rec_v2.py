@@ -9,6 +9,7 @@ Runs that are there are not done again.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,15 +43,14 @@ VARIANTS = {
     "fusion by user": "--method.fusion.kind user",
     "fusion by user, curriculum of 4 epochs": "--method.fusion.kind user --method.fusion.curriculum_epochs 4",
     "co-attention": "--method.co_attention true",
-    "cosine to 1e-6, warm-up of 5 epochs": COSINE,
-    "clipping of each module to 1": CLIPPED,
     "100 negatives, 30 % hard": "--method.num_negatives 100 --method.hard_share 0.3",
     "100 uniform negatives": "--method.num_negatives 100 --method.hard_share 0",
-    "20 uniform negatives": "--method.num_negatives 20 --method.hard_share 0",
     "20 uniform negatives, and in-batch ones": "--method.num_negatives 20 --method.hard_share 0 --method.in_batch true",
+    "cosine to 1e-6, warm-up of 5 epochs": COSINE,
+    "clipping of each module to 1": CLIPPED,
+    "together: fusion by user, curriculum, uncertainty, co-attention, cosine, clipping": ALL,
     "no memory": "--method.memory.enabled false",
     "experts without residual, as published": "--method.residual false",
-    "together: fusion by user, curriculum, uncertainty, co-attention, cosine, clipping": ALL,
     "width 128, 8 heads, 8 proxies": LARGER,
 }
 
@@ -61,12 +61,8 @@ def main() -> None:
     parser.add_argument("--sasrec", type=Path, default=Path("runs/ml-100k-sasrec"), help="the run of stage 1")
     parser.add_argument("flags", nargs="*", help="flags for every run, behind --")
     arguments = parser.parse_args()
-    for name, flags in VARIANTS.items():
-        folder = folder_of(arguments.runs, name)
-        if not (folder / "results.json").is_file():
-            own = [f"--method.sasrec={arguments.sasrec}", f"--output={folder}", *arguments.flags]
-            command = [sys.executable, "launch/train.py", *COMMON, *flags.split(), *own]
-            subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for name in VARIANTS:
+        train(arguments.runs, name, [f"--method.sasrec={arguments.sasrec}", *arguments.flags])
     done = [found(arguments.runs, name) for name in VARIANTS]
     environment = json.loads((folder_of(arguments.runs, REFERENCE) / "environment.json").read_text())
     del environment["command"]
@@ -75,8 +71,16 @@ def main() -> None:
     write_section(ROOT / "docs" / "methods" / "ur4rec-v2.md", "benchmarks/ur4rec_v2.py", markdown(report))
 
 
+def train(runs: Path, name: str, flags: list[str]) -> None:
+    """Do a run, go on with it, or leave it as it is when it has ended."""
+    if not (folder_of(runs, name) / "results.json").is_file():
+        own = [*VARIANTS[name].split(), *flags, f"--output={folder_of(runs, name)}"]
+        command = [sys.executable, "launch/train.py", *COMMON, *own]
+        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def folder_of(runs: Path, name: str) -> Path:
-    return runs / str(list(VARIANTS).index(name))
+    return runs / re.sub("[^a-z0-9]+", "-", name.lower())
 
 
 def found(runs: Path, name: str) -> dict[str, Any]:

@@ -28,18 +28,19 @@ class CoAttention(nn.Module):
     def forward(self, preference_RPD: Tensor, real_RP: Tensor, sentences: Tensor) -> Tensor:
         """`sentences` are those of the items' texts, [R or 1, n, Q * D], zeros where a text has fewer."""
         slots = (preference_RPD * real_RP[..., None]).float()
-        described = sentences.float().unflatten(-1, (-1, slots.shape[-1]))  # [R or 1, n, Q, D]
-        there = (described != 0).any(-1)[:, None]  # [R or 1, 1, n, Q]
+        # The few sentences of an item stand before the many items: sums and softmaxes over short rows would be slow.
+        described = sentences.float().unflatten(-1, (-1, slots.shape[-1])).transpose(1, 2)  # [R or 1, Q, n, D]
+        there = (described != 0).any(-1)[:, None]  # [R or 1, 1, Q, n]
         product = products(slots, described)
         affinity = products(self.affinity(slots), described) / self.temperature
         of_preference = affinity.masked_fill(~real_RP[:, :, None, None], NOT_THERE).softmax(1)
-        of_description = affinity.masked_fill(~there, NOT_THERE).softmax(3)
-        by_description = (of_preference * product).sum((1, 3)) / there.sum((1, 3)).clamp(min=1)
-        by_preference = (of_description * product).sum((1, 3)) / real_RP.sum(1)[:, None].clamp(min=1)
+        of_description = affinity.masked_fill(~there, NOT_THERE).softmax(2)
+        by_description = (of_preference * product).sum((1, 2)) / there.sum((1, 2)).clamp(min=1)
+        by_preference = (of_description * product).sum((1, 2)) / real_RP.sum(1)[:, None].clamp(min=1)
         return self.weight * (by_description + by_preference) / 2
 
 
 def products(slots_RPD: Tensor, described: Tensor) -> Tensor:
-    """Return [R, P, n, Q]; `described` is [R, n, Q, D], or [1, n, Q, D] where all rows have the same."""
+    """Return [R, P, Q, n]; `described` is [R, Q, n, D], or [1, Q, n, D] where all rows have the same."""
     flat = described.flatten(1, 2).transpose(1, 2)
     return (slots_RPD @ (flat[0] if len(flat) == 1 else flat)).unflatten(-1, described.shape[1:3])
