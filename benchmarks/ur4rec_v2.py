@@ -65,7 +65,8 @@ def main() -> None:
         train(arguments.runs, name, [f"--method.sasrec={arguments.sasrec}", *arguments.flags])
     done = [found(arguments.runs, name) for name in VARIANTS]
     environment = json.loads((folder_of(arguments.runs, REFERENCE) / "environment.json").read_text())
-    del environment["command"]
+    for name in ("command", "commit"):  # of one run alone
+        del environment[name]
     report = {"environment": environment, "epochs": EPOCHS, "cuts": CUTS, "runs": done}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     write_section(ROOT / "docs" / "methods" / "ur4rec-v2.md", "benchmarks/ur4rec_v2.py", markdown(report))
