@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .dropout import quicken
+from .dropout import LinearOfDropped, quicken
 from .moe_lora import add_moe_lora, find_gate
 from .pretrained import freeze_quantised, load_pretrained, load_saved_tokenizer, set_causal, set_dropout
 from .tiny import TinyConfig, build_tiny, train_tiny_tokenizer
@@ -165,7 +165,22 @@ def with_lora(model: PreTrainedModel, config: BackboneConfig, seed: int) -> Back
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # in float32 even on a bfloat16 base, which would round small updates away
-        return get_peft_model(model, lora, autocast_adapter_dtype=True).train()
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=True).train()
+    if config.lora_dropout:
+        _keep_masks_only(adapted, config.lora_dropout)
+    return adapted
+
+
+def _keep_masks_only(model: "PeftModel", dropout: float) -> None:
+    """Let the backward pass of LoRA keep masks of its dropout, not each layer's dropped input."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False  # or each layer would keep a copy of an input that layers share
+            for name, linear in layer.lora_A.items():
+                layer.lora_A[name] = LinearOfDropped(cast(torch.nn.Linear, linear), dropout)
+                layer.lora_dropout[name] = torch.nn.Identity()
 
 
 def causal_model(model: Backbone) -> PreTrainedModel:

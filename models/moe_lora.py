@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from .dropout import keep_mask
+from .dropout import dropped, keep_mask
 
 State: TypeAlias = Tensor | Literal["unset", "off"]
 
@@ -169,7 +169,7 @@ class _GatedUpdate(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep
+    return x if keep is None else dropped(x, keep)
 
 
 def _each_rank(gate_BK: Tensor, rank: int, scale: float) -> Tensor:

