@@ -65,6 +65,7 @@ class PromptBatch:
     candidates: Tensor | None = None  # [B, C] int64: the items that a prompt offers
     row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
     history: SequenceBatch | None = None  # the same rows as item ids, for models that also hold an ID recommender
+    shared: int = 0  # training only: tokens that all rows of all batches begin with, none of which has a label
     count: int = 0
 
     def to(self, device: torch.device) -> "PromptBatch":
@@ -189,14 +190,21 @@ class TrainingPrompts:
     """Rows of `data.tokenized.build_prompts` for training.
 
     `count_items` decides what the loss is divided by: titles (for losses over the catalogue) or tokens. With
-    `label_inputs` the loss also counts on the prompt, as in the published BIGRec.
+    `label_inputs` the loss also counts on the prompt, as in the published BIGRec. `shared` tokens begin all rows.
     """
 
     def __init__(
-        self, prompts: Dataset, split: Split, titles: TitleTokens, *, label_inputs: bool, count_items: bool
+        self,
+        prompts: Dataset,
+        split: Split,
+        titles: TitleTokens,
+        *,
+        label_inputs: bool,
+        count_items: bool,
+        shared: int = 0,
     ) -> None:
         self.prompts, self.split, self.titles = prompts.with_format("numpy"), split, titles
-        self.label_inputs, self.count_items = label_inputs, count_items
+        self.label_inputs, self.count_items, self.shared = label_inputs, count_items, shared
         self.lengths = prompts.data.column("length").to_numpy().astype(np.int64)
 
     def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> PromptBatch:
@@ -215,6 +223,7 @@ class TrainingPrompts:
             torch.from_numpy(attention_mask),
             torch.from_numpy(labels),
             torch.from_numpy(next_items),
+            shared=self.shared,
             count=count,
         )
 

@@ -74,6 +74,17 @@ def build_prompts(
     return Dataset.from_file(str(folder / "prompts.arrow"))
 
 
+def shared_start(prompts: Dataset) -> int:
+    """Return how many tokens all training rows begin with, up to where the first label of any stands."""
+    shared = int(prompts.data.column("context").to_numpy().min()) - 1
+    first = np.array(prompts[0]["input_ids"])
+    for chunk in prompts.data.column("input_ids").chunks:
+        starts = chunk.offsets.to_numpy()[:-1, None]
+        alike = (chunk.values.to_numpy()[starts + np.arange(shared)] == first[:shared]).all(axis=0)
+        shared = int(np.append(alike, False).argmin())
+    return shared
+
+
 def fingerprint(
     split: Split,
     catalog: Catalog,

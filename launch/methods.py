@@ -13,7 +13,7 @@ from data.negatives import SharedNegatives
 from data.prompts import template_by_name, title_texts
 from data.splits import Phase, Split
 from data.title_tokens import TitleTokens
-from data.tokenized import Prompts
+from data.tokenized import Prompts, shared_start
 from models.backbone import is_causal, load_backbone, load_tokenizer
 from models.bigrec import BIGRec, BIGRecConfig
 from models.dense_retrieval_config import DenseRetrievalConfig
@@ -79,10 +79,19 @@ def build_bigrec(setting: Setting) -> Built:
     )
     backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True)
 
+    # Gradient checkpointing keeps no keys and values, by which rows would share a start.
+    may_share = config.prompts.mode == "response" and not setting.backbone.gradient_checkpointing
+
     def training() -> Examples:
-        count_items = config.objective == "items"
         rows = prompts.rows(split, "train")
-        return TrainingPrompts(rows, split, titles, label_inputs=config.loss_on_inputs, count_items=count_items)
+        return TrainingPrompts(
+            rows,
+            split,
+            titles,
+            label_inputs=config.loss_on_inputs,
+            count_items=config.objective == "items",
+            shared=shared_start(rows) if may_share and not config.loss_on_inputs else 0,
+        )
 
     def evaluation(split: Split, phase: Phase) -> Examples:
         histories = other.evaluation_among(split, phase, None) if other is not None else None

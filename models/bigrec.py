@@ -20,7 +20,7 @@ from data.title_tokens import TitleTokens
 from . import losses
 from .backbone import Backbone
 from .base import Loss, Recommender
-from .decoder import decoder_of, run_prefix, scoring_decoder
+from .decoder import decoder_of, run_behind, run_prefix, scoring_decoder
 from .item_embeddings import mean_token_embeddings
 from .title_generation import beam_scores, beam_search_titles
 from .title_grounding import GroundingConfig, TitleGrounding
@@ -37,6 +37,10 @@ class BIGRecConfig:
     embeddings (the mean of the title's token embeddings) under full cross-entropy over the catalogue."""
     loss_on_inputs: bool = False
     """Also train the tokens of the prompt, as the published code does."""
+    share_start: bool | None = None
+    """Train with the tokens that all prompts of mode response begin with (the instruction) run once a pass, not once a
+    row; dropout then takes the same of them for all rows. By default on CPUs, where every token costs; a GPU that a
+    batch does not fill loses more by the pass of their own that these tokens take."""
     scoring: Literal["auto", "likelihood", "constrained", "beam", "generate", "items"] = "auto"
     """likelihood: exact log-likelihood of every title. constrained: the same, given that the answer is a title of the
     catalogue. beam: beam search for that. generate: free generation, grounded by embedding distance, as published.
@@ -81,16 +85,25 @@ class BIGRec(Recommender):
     def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
         assert batch.labels is not None
         assert batch.next_items is not None
-        # Training pads stand on the right, where a causal model never sees them: no mask keeps the fast kernels.
         decoder = decoder_of(self.backbone)
-        states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        start = batch.shared if self.shares_start(batch.input_ids.device) else 0
+        ids, labels, next_items = (t[:, start:] for t in (batch.input_ids, batch.labels, batch.next_items))
+        # Training pads stand on the right, where a causal model never sees them: no mask keeps the fast kernels.
+        if start:
+            states = run_behind(decoder.body, batch.input_ids[:1, :start], ids)
+        else:
+            states = decoder.body(input_ids=ids, use_cache=False).last_hidden_state
         if self.config.objective == "items":
-            labelled = batch.next_items > 0
-            return Loss(self.item_head.loss(states[labelled], batch.next_items[labelled]), batch.count)
-        labelled = batch.labels != NO_LABEL
+            labelled = next_items > 0
+            return Loss(self.item_head.loss(states[labelled], next_items[labelled]), batch.count)
+        labelled = labels != NO_LABEL
         # Vocabulary logits exist only where there is a label, and there a chunk at a time.
-        total = losses.full_cross_entropy(states[labelled], decoder.weight, batch.labels[labelled])
+        total = losses.full_cross_entropy(states[labelled], decoder.weight, labels[labelled])
         return Loss(total, batch.count)
+
+    def shares_start(self, device: torch.device) -> bool:
+        """Whether training runs once what all rows begin with."""
+        return device.type == "cpu" if self.config.share_start is None else self.config.share_start
 
     def scores(self, batch: PromptBatch) -> Tensor:  # type: ignore[override]
         ids, mask = batch.input_ids, batch.attention_mask

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .backbone import Backbone, causal_model, without_adapter
 
@@ -82,13 +82,38 @@ def scoring_decoder(model: Backbone) -> Decoder:
 def run_prefix(decoder: Decoder, prompts: Tensor, attention_mask: Tensor, use_cache: bool = True) -> Prefix:
     """Run prompts that are padded on the left: tokens [B, P], or embeddings [B, P, H] with item vectors in them."""
     output = decoder.body(
-        input_ids=prompts if prompts.ndim == 2 else None,
-        inputs_embeds=prompts if prompts.ndim == 3 else None,
+        **_input(prompts),
         attention_mask=attention_mask,
         position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
         use_cache=use_cache,
     )
     return Prefix(attention_mask, attention_mask.sum(1), output.last_hidden_state[:, -1], output.past_key_values)
+
+
+def run_behind(body: PreTrainedModel, start: Tensor, rows: Tensor) -> Tensor:
+    """The states [B, L, H] of rows behind a start that all of them have in common, and that runs once.
+
+    Tokens [1, P] and [B, L], or embeddings. Rows are padded on the right, if at all.
+    """
+    cache = body(**_input(start), use_cache=True).past_key_values
+    positions = torch.arange(start.shape[1], start.shape[1] + rows.shape[1], device=rows.device)[None]
+    shared = _shared_by(cache, len(rows))
+    return body(**_input(rows), position_ids=positions, past_key_values=shared, use_cache=True).last_hidden_state
+
+
+def _input(tokens: Tensor) -> dict[str, Tensor]:
+    return {"input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens}
+
+
+def _shared_by(cache: DynamicCache, rows: int) -> DynamicCache:
+    """The keys and values of one row as those of `rows` rows; gradients of all of them add up in the one."""
+    pairs = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        pairs.append((layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)))
+    return DynamicCache(pairs)
 
 
 def product(states_BH: Tensor, rows_KH: Tensor) -> Tensor:

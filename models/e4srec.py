@@ -10,12 +10,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from data.item_prompts import ItemPromptBatch, ItemPromptSettings
 
 from .backbone import Backbone, causal_model
 from .base import Loss, Recommender
+from .decoder import run_behind
 from .dropout import dropout
 from .item_embeddings import (
     ItemMatcher,
@@ -106,18 +106,14 @@ class ItemReader(Recommender):
         embed = body.get_input_embeddings()
         vectors_SH = dropout(vectors_SH, self.dropout, self.training)
         embeds = put_vectors(embed(batch.input_ids), batch.item_slots, vectors_SH)
-        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         if batch.prefix_ids is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
             states = body(
                 inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
-            )
+            ).last_hidden_state
         else:
-            # All rows begin alike: the beginning runs once, and its keys and values are every row's.
-            prefix = body(inputs_embeds=embed(batch.prefix_ids)[None], use_cache=True)
-            cache = shared_by(prefix.past_key_values, len(embeds))
-            positions = positions + len(batch.prefix_ids)
-            states = body(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
-        read = states.last_hidden_state.flatten(0, 1).index_select(0, batch.labelled)
+            states = run_behind(body, embed(batch.prefix_ids)[None], embeds)
+        read = states.flatten(0, 1).index_select(0, batch.labelled)
         return dropout(read, self.dropout, self.training)
 
 
@@ -132,17 +128,6 @@ class E4SRec(ItemReader):
         named = {"input.fixed": table_in, "output.table.fixed": table_out}
         distinct = {id(table): name for name, table in reversed(named.items()) if table.fixed is not None}
         self.saved_buffers = tuple(distinct.values())
-
-
-def shared_by(cache: DynamicCache, rows: int) -> DynamicCache:
-    """The keys and values of one row as those of `rows` rows; gradients of all of them add up in the one."""
-    pairs = []
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        assert layer.keys is not None
-        assert layer.values is not None
-        pairs.append((layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)))
-    return DynamicCache(pairs)
 
 
 def token_norm(backbone: Backbone) -> float:

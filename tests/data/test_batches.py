@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from data.prompts import template_by_name, title_texts
 from data.sources import read
 from data.splits import Split, split
 from data.title_tokens import TitleTokens
-from data.tokenized import build_prompts
+from data.tokenized import build_prompts, shared_start
 from models.backbone import BackboneConfig, load_tokenizer
 
 WINDOW = 10
@@ -214,6 +215,22 @@ def test_prompt_labels_spell_the_next_titles(sample, catalog, tokenizer, cache, 
             named.append((int(examples.prompts[row]["user"]), item))
     expected = [(user, item) for user in range(sample.num_users) for item in sample.training_items(user)[1:]]
     assert sorted(named) == sorted(expected), "every training event with a past is named exactly once"
+
+
+def test_all_rows_begin_with_the_instruction(sample, catalog, tokenizer, cache) -> None:
+    rows = training_prompts(sample, catalog, tokenizer, cache, "response").prompts
+    shared = shared_start(rows)
+    ids = rows["input_ids"]
+    assert all(np.array_equal(row[:shared], ids[0][:shared]) for row in ids)
+    assert any(row[shared] != ids[0][shared] for row in ids), "and with no token more"
+    assert "### Input:\n" in tokenizer.decode(ids[0][:shared])
+
+
+def test_a_shared_start_ends_before_what_predicts_a_label() -> None:
+    rows = {"input_ids": [[7, 8, 9, 10], [7, 8, 9, 11, 12]], "context": [3, 4]}
+    assert shared_start(Dataset.from_dict(rows)) == 2
+    assert shared_start(Dataset.from_dict({"input_ids": [[7, 8, 9], [6, 8, 9]], "context": [2, 2]})) == 0
+    assert shared_start(Dataset.from_dict({"input_ids": [[7, 8]], "context": [1]})) == 0
 
 
 def test_the_loss_may_count_items_or_the_prompt_too(sample, catalog, tokenizer, cache) -> None:

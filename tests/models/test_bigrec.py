@@ -1,5 +1,6 @@
 """BIGRec: what its loss counts, and that every way to score ends in a ranking of the catalogue."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,20 @@ def world() -> tuple[Interactions, Split]:
     return interactions, split(interactions, config)
 
 
-def _build(world: tuple[Interactions, Split], config: BIGRecConfig, cache: Path, other: Built | None = None) -> Built:
+def _build(
+    world: tuple[Interactions, Split],
+    config: BIGRecConfig,
+    cache: Path,
+    other: Built | None = None,
+    backbone: BackboneConfig = TINY,
+) -> Built:
     interactions, parts = world
     return build_bigrec(
         Setting(
             split=parts,
             catalog=interactions.catalog,
             method=config,
-            backbone=TINY,
+            backbone=backbone,
             seed=3,
             cache=cache,
             load_model=lambda path: other,
@@ -72,6 +79,38 @@ def test_loss_is_the_cross_entropy_of_the_labelled_tokens(world, cache, settings
             count += len(ids) - first
     assert float(loss.total) == pytest.approx(expected, rel=1e-5)
     assert loss.count == batch.count == count
+
+
+@pytest.mark.parametrize("objective", ["titles", "items"])
+def test_a_start_that_runs_once_gives_the_same_loss_and_gradients(world, cache, objective) -> None:
+    found = {}
+    for share in (False, True):
+        config = BIGRecConfig(objective=objective, prompts=RESPONSE, share_start=share)
+        built = _build(world, config, cache)
+        model, batch = built.model.double(), built.training().collate(np.array([0, 5, 3, 11]), 0)
+        read = []
+        embed = model.backbone.get_input_embeddings()
+        embed.register_forward_hook(lambda _, inputs, __, read=read: read.append(inputs[0].numel()))
+        loss = model(batch)
+        loss.total.backward()
+        assert batch.shared > 20, "the instruction"
+        assert sum(read) == batch.input_ids.numel() - share * 3 * batch.shared
+        found[share] = [loss.total.detach(), *(p.grad for p in model.parameters())]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)  # angles are float32
+
+
+@pytest.mark.parametrize(
+    ("config", "backbone"),
+    [
+        (BIGRecConfig(prompts=DENSE), TINY),
+        (BIGRecConfig(prompts=RESPONSE, loss_on_inputs=True), TINY),
+        (BIGRecConfig(prompts=RESPONSE), replace(TINY, gradient_checkpointing=True)),
+    ],
+    ids=["dense", "labels in the prompt", "no keys and values"],
+)
+def test_where_a_start_cannot_run_once_it_does_not(world, cache, config, backbone) -> None:
+    built = _build(world, replace(config, share_start=True), cache, backbone=backbone)
+    assert built.training().collate(np.arange(2), 0).shared == 0
 
 
 def test_dense_rows_name_every_next_title_once_an_epoch(world, cache) -> None:
