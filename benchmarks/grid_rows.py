@@ -29,6 +29,7 @@ DLLM2REC = (
     "--method.vectors.source teacher --method.vectors.weight 0.03 --method.teacher {inputs}/sasrec "
     "--data.cache {inputs}/cache"
 )
+RESPONSE = "--method.prompts.mode response --method.prompts.template bigrec-notes --method.prompts.history_length 6"
 E4SREC = "--model e4srec --method.prompts.max_history 12"
 # Negatives come from all micro-batches that are trained side by side, so there is one of them, as large as the step.
 ONE_PASS = "--train.micro_batch_size 16"
@@ -74,7 +75,7 @@ ROWS = {
     "dllm2rec-sasrec float32": f"{DLLM2REC} {FP32}",
     "bigrec float32": f"--model bigrec {TINY} {FP32}",
     "bigrec bf16, checkpointing": f"--model bigrec {TINY} {BF16} {CHECKPOINTING}",
-    "bigrec LoRA float32": f"--model bigrec {LORA} {FP32}",
+    "bigrec LoRA float32, one prompt a title": f"--model bigrec {RESPONSE} {LORA} {FP32}",
     "bigrec LoRA 4-bit": f"--model bigrec {LORA} {IN_4_BITS}",
     "bigrec LoRA 8-bit": f"--model bigrec {LORA} {IN_8_BITS}",
     "e4srec float32": f"{E4SREC} {TINY} {FP32}",

@@ -88,7 +88,8 @@ class Retriever:
             found = [self._kept(path, split, phase, k) if state.is_main_process else None]
             store: CandidateStore | None = broadcast_object_list(found)[0]
             if store is None:
-                store = self.ask(split, phase, k)
+                with torch.random.fork_rng(devices=[]):  # else weights made later would tell what was in the cache
+                    store = self.ask(split, phase, k)
                 if state.is_main_process:
                     store.save(path)
         finally:

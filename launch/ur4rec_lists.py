@@ -167,7 +167,8 @@ def kept_vectors(texts: Sequence[str], encoder: str, cache: Path) -> np.ndarray:
     with FileLock(f"{file}.lock"):  # the other processes of this host wait for the vectors instead of making them
         if not file.is_file():
             unfinished = file.with_name(f"{digest}.unfinished.npy")
-            np.save(unfinished, vectors_now(texts, encoder))
+            with torch.random.fork_rng(devices=[]):  # else weights made later would tell what was in the cache
+                np.save(unfinished, vectors_now(texts, encoder))
             unfinished.replace(file)
     return np.load(file)
 

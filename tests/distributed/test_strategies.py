@@ -22,7 +22,7 @@ CELLS = [
     ("dllm2rec-sasrec float32", "zero3"),
     ("bigrec float32", "zero3"),
     ("bigrec bf16, checkpointing", "zero3_offload"),
-    ("bigrec LoRA float32", "ddp"),
+    ("bigrec LoRA float32, one prompt a title", "zero3"),
     ("bigrec LoRA 4-bit", "zero3"),
     ("bigrec LoRA 8-bit", "zero2"),
     ("e4srec float32", "zero3"),
