@@ -18,6 +18,7 @@ BLOCK_SIZE = 128  # trie nodes in one row: attention inside a row is quadratic, 
 NODES_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 LOGITS_PER_MATMUL = {"cpu": 2**21, "cuda": 2**26}
 LOGITS_PER_SOFTMAX = {"cpu": 2**18, "cuda": 2**26}
+NUMBERS_PER_CHOICE = {"cpu": 2**21, "cuda": 2**26}  # of states beside the tokens that may follow them
 
 
 def title_log_likelihoods(
@@ -49,9 +50,11 @@ def title_log_likelihoods(
     users_at_once = max(1, budget // max(num_slots * rows_at_once, 1))
     with torch.no_grad():
         prefix = run_prefix(decoder, input_ids, attention_mask)
-        root = decoder.head(prefix.last_state)
         first_tokens = trie.token[1 : trie.level_start[2]]
-        root = log_softmax(root[:, first_tokens]) if constrained else log_softmax(root)[:, first_tokens]
+        if constrained:
+            root = log_softmax(_product(prefix.last_state, decoder.weight[first_tokens]))
+        else:
+            root = log_softmax(decoder.head(prefix.last_state))[:, first_tokens]
         node_log_probs = root.new_zeros(len(root), trie.num_nodes)
         node_log_probs[:, 1 : trie.level_start[2]] = root
         for user in range(0, len(input_ids), users_at_once):
@@ -61,7 +64,10 @@ def title_log_likelihoods(
                 rows = slice(row, min(row + rows_at_once, num_rows))
                 with holding_rows(decoder.body, users, rows.stop - rows.start):
                     states = _run_rows(decoder, prefix, blocks, users, rows)
-                edges += _edge_log_probs(decoder, states, blocks, rows, constrained)
+                if constrained:
+                    edges.append(_choice_log_probs(decoder, states, blocks, rows))
+                else:
+                    edges += _edge_log_probs(decoder, states, blocks, rows)
             node_log_probs[users, blocks.edge_children] = torch.cat(edges).T
     return _sum_along_paths(node_log_probs, trie)
 
@@ -84,9 +90,28 @@ def _run_rows(decoder: Decoder, prefix: Prefix, blocks: TrieBlocks, users: slice
     return states.view(num_users, num_rows * num_slots, -1).transpose(0, 1)[owned]
 
 
-def _edge_log_probs(
-    decoder: Decoder, states_MBH: Tensor, blocks: TrieBlocks, rows: slice, constrained: bool
-) -> Iterator[Tensor]:
+def _choice_log_probs(decoder: Decoder, states_MBH: Tensor, blocks: TrieBlocks, rows: slice) -> Tensor:
+    """log p of every edge that leaves the nodes owned by `rows`, among those of the same node: [edges, users].
+
+    Their tokens' logits are all that is computed: a few a node, of the whole vocabulary.
+    """
+    first, end = blocks.row_start[rows.start], blocks.row_start[rows.stop]
+    edges = slice(blocks.edge_start[first], blocks.edge_start[end])
+    owners = blocks.edge_owners[edges] - int(first)
+    at_once = max(1, _for_device(NUMBERS_PER_CHOICE, states_MBH.device) // states_MBH[0].numel())
+    weight, pairs = decoder.weight, zip(owners.split(at_once), blocks.edge_tokens[edges].split(at_once), strict=True)
+    logits = [_product(states_MBH[owner], weight[token, None])[..., 0] for owner, token in pairs]
+    return _log_softmax_of_siblings(torch.cat(logits), owners, len(states_MBH))
+
+
+def _product(states: Tensor, rows: Tensor) -> Tensor:
+    """Logits [..., B, K] of [..., B, H] and rows of the head [..., K, H], never in the bf16 of autocast."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    with torch.autocast(states.device.type, enabled=False):
+        return states.to(dtype) @ rows.to(dtype).mT
+
+
+def _edge_log_probs(decoder: Decoder, states_MBH: Tensor, blocks: TrieBlocks, rows: slice) -> Iterator[Tensor]:
     """log p of every edge that leaves the nodes owned by `rows`, in pieces [edges, users]."""
     num_users, device = states_MBH.shape[1], states_MBH.device
     vocabulary = decoder.body.config.get_text_config().vocab_size
@@ -98,10 +123,7 @@ def _edge_log_probs(
         for piece in logits.split(nodes_per_softmax):
             edges = slice(blocks.edge_start[first], blocks.edge_start[first + len(piece)])
             owners, tokens = blocks.edge_owners[edges] - first, blocks.edge_tokens[edges]
-            if constrained:
-                yield _log_softmax_of_siblings(piece[owners, :, tokens], owners, len(piece))
-            else:
-                yield log_softmax(piece)[owners, :, tokens]
+            yield log_softmax(piece)[owners, :, tokens]
             first += len(piece)
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from models import title_scoring
 from models.backbone import Backbone, BackboneConfig, load_backbone, load_tokenizer
 from models.decoder import last_token_embeddings
 from models.tiny import TinyConfig
@@ -229,11 +230,14 @@ def test_constrained_scores_are_probabilities_over_the_catalogue(
     torch.testing.assert_close(scores[:, distinct].exp().sum(1), torch.ones(5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("numbers_at_once", [1, 2**21])
 def test_constrained_scoring_runs_only_where_titles_part(
-    model: PreTrainedModel, prompts: tuple[Tensor, Tensor]
+    model: PreTrainedModel, prompts: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, numbers_at_once: int
 ) -> None:
+    monkeypatch.setitem(title_scoring.NUMBERS_PER_CHOICE, "cpu", numbers_at_once)
     tokens: list[int] = []
     counted = copy.deepcopy(model)
+    counted.lm_head.register_forward_hook(lambda *_: pytest.fail("logits of the whole vocabulary"))
     counted.model.register_forward_hook(lambda _, __, output: tokens.append(output.last_hidden_state.shape[:2].numel()))
     titles = [[3, 4, 5, *([6] * 20), EOS], [3, 4, 7, *([8] * 20), EOS], [9, *([6] * 20), EOS], [10, EOS]]
     scores = title_log_likelihoods(counted, *prompts, _trie(titles), constrained=True)
