@@ -108,6 +108,18 @@ class Contestant:
         return json.loads(line)
 
 
+def take_part(main: Callable[[], None], peers: Mapping[str, Callable[..., None]]) -> None:
+    """Run a comparison, or the side of it that this process was started for: a peer by its name, or our own loop."""
+    if sys.argv[1:2] != ["worker"]:
+        main()
+    elif sys.argv[2] in peers:
+        peers[sys.argv[2]](*sys.argv[3:])
+    else:
+        from benchmarks.training import train
+
+        train(sys.argv[2:], Turns())
+
+
 def take_turns(
     contestants: Mapping[str, Callable[[], Round]], repeats: int, quiet: bool = True
 ) -> dict[str, list[Round]]:

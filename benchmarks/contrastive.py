@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contest import PLAIN_LOOP, Contestant, Turns, compare, keep, take_turns
+from benchmarks.contest import PLAIN_LOOP, Contestant, Turns, compare, keep, take_part, take_turns
 
 THREADS = 2
 STEPS, BATCH, LR, TEMPERATURE = 4, 32, 2e-5, 0.05  # steps of a turn
@@ -98,17 +98,5 @@ def train_peer(file: str, precision: str) -> None:
     hf_trainer.train(trainer, turns, precision)
 
 
-def work(argv: list[str]) -> None:
-    if argv[0] == PEER:
-        train_peer(*argv[1:])
-    else:
-        from benchmarks.training import train
-
-        train(argv, Turns())
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        work(sys.argv[2:])
-    else:
-        main()
+    take_part(main, {PEER: train_peer})

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contest import PEERS, PLAIN_LOOP, Contestant, Round, Turns, compare, keep, take_turns
+from benchmarks.contest import PEERS, PLAIN_LOOP, Contestant, Round, Turns, compare, keep, take_part, take_turns
 
 SCRIPT = str(Path(__file__).resolve())
 THREADS = 2
@@ -45,14 +45,14 @@ def against_rectools(repeats: int, folder: Path) -> None:
     """An epoch of MovieLens 1M: 6,040 last windows in 48 steps."""
     flags = [*FLAGS, *"--data.source ml-1m --data.item_core 5".split()]
     write_histories(flags, folder / "histories.json")
-    peer = Contestant([SCRIPT, "worker-rectools", str(folder / "histories.json")], THREADS, PEERS)
+    peer = Contestant([SCRIPT, "worker", "rectools", str(folder / "histories.json")], THREADS, PEERS)
     race("RecTools", peer, flags, STEPS, repeats, folder, what="SASRec, ML-1M epoch", aim=5.0)
 
 
 def against_recbole(repeats: int, folder: Path) -> None:
     """An epoch of MovieLens 100K: 9 steps here, and 760 of RecBole's, of which a few are timed."""
     flags = [*FLAGS, "--data.source=ml-100k", "--method.windows=all"]
-    peer = Contestant([SCRIPT, "worker-recbole", str(folder)], THREADS, PEERS)
+    peer = Contestant([SCRIPT, "worker", "recbole", str(folder)], THREADS, PEERS)
     race("RecBole", peer, flags, 2, repeats, folder, what="SASRec, ML-100K epoch", aim=50.0)
 
 
@@ -105,7 +105,7 @@ def write_histories(flags: list[str], file: Path) -> None:
     file.write_text(json.dumps(histories))
 
 
-def train_rectools(histories: Path) -> None:
+def train_rectools(histories: str) -> None:
     """RecTools' own model, data preparation and Lightning trainer, with a callback that waits for its turn."""
     import pandas as pd
     import pytorch_lightning as pl
@@ -138,7 +138,7 @@ def train_rectools(histories: Path) -> None:
 
     rows = [
         (user, item, 1.0, pd.Timestamp(place, unit="s"))
-        for user, items in enumerate(json.loads(histories.read_text()))
+        for user, items in enumerate(json.loads(Path(histories).read_text()))
         for place, item in enumerate(items)
     ]
     model = SASRecModel(
@@ -162,7 +162,7 @@ def train_rectools(histories: Path) -> None:
     model.fit(Dataset.construct(pd.DataFrame(rows, columns=["user_id", "item_id", "weight", "datetime"])))
 
 
-def train_recbole(folder: Path) -> None:
+def train_recbole(folder: str) -> None:
     """RecBole's own model, loader and trainer on the MovieLens 100K of its wheel; the loader waits for its turn."""
     import torch
     from recbole.config import Config
@@ -210,19 +210,5 @@ def train_recbole(folder: Path) -> None:
     Trainer(config, model).fit(train_data, saved=False)
 
 
-def work(argv: list[str]) -> None:
-    if argv[0] == "worker-rectools":
-        train_rectools(Path(argv[1]))
-    elif argv[0] == "worker-recbole":
-        train_recbole(Path(argv[1]))
-    else:
-        from benchmarks.training import train
-
-        train(argv[1:], Turns())
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1].startswith("worker"):
-        work(sys.argv[1:])
-    else:
-        main()
+    take_part(main, {"rectools": train_rectools, "recbole": train_recbole})
