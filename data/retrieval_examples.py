@@ -76,10 +76,14 @@ class TrainingCuts:
         users = self.user[indices]
         cuts = [int(self.positions(int(u), epoch)[draw]) for u, draw in zip(users, self.draw[indices], strict=True)]
         sequences = [self.split.training_items(int(user)) for user in users]
-        targets = np.array([items[cut] for items, cut in zip(sequences, cuts, strict=True)], np.int64)
+        cases = list(zip(sequences, cuts, strict=True))
+        if self.rows is not None:  # the longest texts first, so that passes hold little padding
+            cases.sort(key=lambda case: -len(self.texts.user(case[0][: case[1]])))
+        targets = np.array([items[cut] for items, cut in cases], np.int64)
         distinct, places = np.unique(targets, return_inverse=True)
-        seen = np.stack([np.repeat(np.arange(len(sequences)), list(map(len, sequences))), np.concatenate(sequences)])
-        histories = [items[:cut] for items, cut in zip(sequences, cuts, strict=True)]
+        taken = [items for items, _ in cases]
+        seen = np.stack([np.repeat(np.arange(len(taken)), list(map(len, taken))), np.concatenate(taken)])
+        histories = [items[:cut] for items, cut in cases]
         return RetrievalBatch(
             self.texts.user_batches(histories, self.rows),
             self.texts.item_batches(distinct, self.rows),

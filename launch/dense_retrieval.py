@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from data.batches import Examples
@@ -19,6 +20,8 @@ from models.text_encoder import TextEncoder
 from models.tiny import vocabulary_text
 
 from .setting import Built, Setting
+
+CPU_ROWS = 8  # texts of similar length in a pass: a CPU pays for padding, and nothing for many passes
 
 
 def build_dense_retrieval(setting: Setting) -> Built:
@@ -44,7 +47,8 @@ def build_dense_retrieval(setting: Setting) -> Built:
     items = encoder() if config.two_encoders else users
 
     def training() -> Examples:
-        return TrainingCuts(split, texts, config.cuts, setting.seed, config.grad_cache_rows)
+        rows = config.grad_cache_rows or (None if torch.accelerator.is_available() else CPU_ROWS)
+        return TrainingCuts(split, texts, config.cuts, setting.seed, rows)
 
     model = DenseRetrieval(config, texts, users, items, split.cold_items)
 

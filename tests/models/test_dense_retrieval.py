@@ -353,6 +353,19 @@ def test_grad_cache_gives_the_gradients_of_the_plain_step(sample, extra) -> None
         assert torch.allclose(gradient, found[name], rtol=1e-6, atol=1e-6 * float(gradient.abs().max())), name
 
 
+def test_passes_of_a_few_texts_hold_texts_of_similar_length(sample) -> None:
+    named = []
+    for rows in (None, 4):
+        batch = Case(sample, grad_cache_rows=rows).batch
+        rows_of = (zip(part.input_ids, part.attention_mask, strict=True) for part in batch.users)
+        texts = [ids[mask.bool()].tolist() for part in rows_of for ids, mask in part]
+        named.append(sorted(zip(texts, batch.targets.tolist(), strict=True)))
+    assert named[0] == named[1], "every text keeps its target"
+    lengths = [len(text) for text in texts]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
+
+
 def test_grad_cache_repeats_its_dropout(sample, monkeypatch) -> None:
     case = Case(sample, grad_cache_rows=2, dropout=0.5, loss="in-batch")
     found = case.gradients()
