@@ -94,15 +94,18 @@ def found(runs: Path, name: str) -> dict[str, Any]:
         "name": name,
         "flags": VARIANTS[name],
         "valid": results["valid"][METRIC],
-        "test": results["test"][METRIC],
-        "interval": results["test"]["intervals"][METRIC],
-        "retriever alone": results["parts"]["retriever"]["test"][METRIC],
-        "sasrec alone": results["parts"]["sasrec"]["test"][METRIC],
-        "difference": paired.difference,
-        "difference_interval": paired.interval,
+        "test": figure(results["test"]),
+        "retriever alone": figure(results["parts"]["retriever"]["test"]),
+        "sasrec alone": figure(results["parts"]["sasrec"]["test"]),
+        "difference": (paired.difference, *paired.interval),
         "p": paired.p_value,
         "seconds": results["timing"]["train_seconds"],
     }
+
+
+def figure(metrics: dict[str, Any]) -> tuple[float, float, float]:
+    """Return a figure and its interval."""
+    return (metrics[METRIC], *metrics["intervals"][METRIC])
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -110,20 +113,17 @@ def markdown(report: dict[str, Any]) -> str:
     where = f"{machine['device']}, {machine['threads']} thread, torch {machine['packages']['torch']}"
     lines = [
         f"{where}; {METRIC}, full ranking, seed 42, {report['epochs']} epochs of {report['cuts']} targets a user. "
-        f"SASRec alone has {runs[0]['sasrec alone']:.4f} on test. Intervals are 95 % bootstrap intervals over users, p "
-        "is that of a paired permutation test, both of the difference from the first row.",
+        f"SASRec alone has {runs[0]['sasrec alone'][0]:.4f} on test. In brackets are 95 % bootstrap intervals over "
+        "users; p is that of a paired permutation test of the difference from the first row.",
         "",
-        "| what | validation | test | retriever alone, test | difference, test | p | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| what | validation | test | retriever alone, test | difference, test | p |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
-        low, high = run["interval"]
-        cells = [run["name"], f"{run['valid']:.4f}", f"{run['test']:.4f} ({low:.4f} to {high:.4f})"]
-        cells.append(f"{run['retriever alone']:.4f}")
-        low, high = run["difference_interval"]
-        is_first = run is runs[0]
-        cells += ["", ""] if is_first else [f"{run['difference']:+.4f} ({low:+.4f} to {high:+.4f})", f"{run['p']:.3f}"]
-        lines.append("| " + " | ".join([*cells, f"{run['seconds'] / 60:.1f}"]) + " |")
+        cells = [run["name"], f"{run['valid']:.4f}"]
+        cells += ["{:.4f} ({:.4f} to {:.4f})".format(*run[part]) for part in ("test", "retriever alone")]
+        paired = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*run["difference"]), f"{run['p']:.3f}"]
+        lines.append("| " + " | ".join([*cells, *(paired if run is not runs[0] else ["", ""])]) + " |")
     return "\n".join(lines)
 
 
