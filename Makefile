@@ -31,7 +31,7 @@ bench: peers  ## run the quick comparisons with peers, and write the table and t
 	$(BIN)/python benchmarks/sasrec.py rectools
 	$(BIN)/python benchmarks/sasrec.py recbole
 	$(BIN)/python benchmarks/fine_tuning.py
-	$(BIN)/python benchmarks/fine_tuning.py --precision bf16
+	$(BIN)/python benchmarks/fine_tuning.py --precision bf16 --dense
 	$(BIN)/python benchmarks/contrastive.py
 	$(BIN)/python benchmarks/prompts.py
 	$(BIN)/python benchmarks/machine.py
