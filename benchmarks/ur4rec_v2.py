@@ -1,6 +1,6 @@
 """What each setting of UR4Rec V2 brings on MovieLens 100K: stage 2 of its recipe with one of them changed at a time.
 
-python benchmarks/ur4rec_v2.py          (an hour on one thread; writes the table of docs/methods/ur4rec-v2.md)
+python benchmarks/ur4rec_v2.py          (an hour on a core of its own; writes the table of docs/methods/ur4rec-v2.md)
 
 Begins with the recipe's runs/ml-100k-sasrec. All runs have the same budget, a part of the recipe's, and no patience.
 Runs that are there are not done again.
@@ -59,11 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train UR4Rec V2 with one setting changed at a time.")
     parser.add_argument("--runs", type=Path, default=Path("runs/ur4rec-v2-settings"), help="folder of the runs")
     parser.add_argument("--sasrec", type=Path, default=Path("runs/ml-100k-sasrec"), help="the run of stage 1")
+    parser.add_argument("--write", action="store_true", help="train nothing, and write the table of the runs there are")
     parser.add_argument("flags", nargs="*", help="flags for every run, behind --")
     arguments = parser.parse_args()
-    for name in VARIANTS:
+    for name in [] if arguments.write else VARIANTS:
         train(arguments.runs, name, [f"--method.sasrec={arguments.sasrec}", *arguments.flags])
-    done = [found(arguments.runs, name) for name in VARIANTS]
+    done = [found(arguments.runs, name) for name in VARIANTS if has_ended(arguments.runs, name)]
     environment = json.loads((folder_of(arguments.runs, REFERENCE) / "environment.json").read_text())
     for name in ("command", "commit"):  # of one run alone
         del environment[name]
@@ -74,10 +75,14 @@ def main() -> None:
 
 def train(runs: Path, name: str, flags: list[str]) -> None:
     """Do a run, go on with it, or leave it as it is when it has ended."""
-    if not (folder_of(runs, name) / "results.json").is_file():
+    if not has_ended(runs, name):
         own = [*VARIANTS[name].split(), *flags, f"--output={folder_of(runs, name)}"]
         command = [sys.executable, "launch/train.py", *COMMON, *own]
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def has_ended(runs: Path, name: str) -> bool:
+    return (folder_of(runs, name) / "results.json").is_file()
 
 
 def folder_of(runs: Path, name: str) -> Path:
