@@ -172,7 +172,12 @@ def markdown(cells: Mapping[tuple[str, str], Cell]) -> str:
 def entry(cell: Cell) -> str:
     if cell.holds:
         return f"{cell.loss_difference:.0e}"
-    reasons = {"does not resume": not cell.resumed, "evaluates otherwise": not cell.same_evaluation}
+    above = cell.loss_difference > bound(cell.row)
+    reasons = {
+        "above its bound": above,
+        "does not resume": not cell.resumed,
+        "evaluates otherwise": not cell.same_evaluation,
+    }
     return f"{cell.loss_difference:.0e} " + ", ".join(reason for reason, is_so in reasons.items() if is_so)
 
 
