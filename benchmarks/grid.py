@@ -25,13 +25,15 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.document import hardware, write_section
-from benchmarks.grid_rows import ROWS, bound, save_inputs, settings
+from benchmarks.grid_rows import ONE_PASS, ROWS, bound, save_inputs, settings
 from benchmarks.processes import ROOT, launched
 from launch.run_folder import commit_of_clone
 
 RESULTS = ROOT / "benchmarks" / "results" / "grid.json"
 STEPS = 50
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+CONTROL = "one, rows split otherwise"  # how far rounding alone takes one process from itself
+COLUMNS = (STRATEGIES[0], CONTROL, *STRATEGIES[1:])
 
 
 @dataclass
@@ -54,17 +56,17 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run every method under every strategy.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--strategies", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--missing", action="store_true", help="leave out cells that have a figure")
     arguments = parser.parse_args()
-    whole = arguments.rows == list(ROWS) and arguments.strategies == list(STRATEGIES) and not arguments.missing
+    whole = arguments.rows == list(ROWS) and arguments.strategies == list(COLUMNS) and not arguments.missing
     cells = {} if whole else earlier_cells()
     known = set(cells) if arguments.missing else set()
     ran, commit = [], commit_of_clone()  # asked once: writing figures changes the clone
     with TemporaryDirectory() as folder:
         save_inputs(Path(folder))
         for row in arguments.rows:
-            wanted = [strategy for strategy in arguments.strategies if (row, strategy) not in known]
+            wanted = [column for column in arguments.strategies if (row, column) not in known and exists(row, column)]
             for strategy in dict.fromkeys(("one", *wanted)) if wanted else ():  # all are compared with one process
                 cell = cells[row, strategy] = run_cell(row, strategy, Path(folder), commit)
                 ran.append(cell)
@@ -73,9 +75,14 @@ def main() -> None:
     sys.exit(0 if all(cell.holds for cell in ran) else 1)
 
 
+def exists(row: str, column: str) -> bool:
+    """Whether there is such a cell: rows whose negatives come from the micro-batch would learn another task."""
+    return column != CONTROL or ONE_PASS not in ROWS[row]
+
+
 def write(cells: Mapping[tuple[str, str], Cell]) -> None:
     """Write all figures, and the table of docs/scaling.md."""
-    kept = [asdict(cells[key]) for key in product(ROWS, STRATEGIES) if key in cells]
+    kept = [asdict(cells[key]) for key in product(ROWS, COLUMNS) if key in cells]
     RESULTS.write_text(json.dumps({"hardware": hardware(), "cells": kept}, indent=1))
     write_section(ROOT / "docs" / "scaling.md", "benchmarks/grid.py", markdown(cells))
 
@@ -95,11 +102,10 @@ def run_cell(row: str, strategy: str, folder: Path, commit: str | None) -> Cell:
     """Train half, go on with the other half, and evaluate what was saved in one process."""
     run, started = folder / row.replace(" ", "-") / strategy, time.perf_counter()
     run.parent.mkdir(exist_ok=True)
-    world, processes = environment(strategy, folder), 1 if strategy == "one" else 2
-    output = ""
+    world, processes = environment(strategy, folder), 1 if strategy in ("one", CONTROL) else 2
+    flags, output = settings(row, folder) + ["--train.micro_batch_size=2"] * (strategy == CONTROL), ""
     for steps in (STEPS // 2, STEPS):
-        flags = [*settings(row, folder), f"--train.max_steps={steps}"]
-        output = launched(*flags, output=run, processes=processes, environment=world)
+        output = launched(*flags, f"--train.max_steps={steps}", output=run, processes=processes, environment=world)
     return Cell(
         row,
         strategy,
@@ -116,7 +122,7 @@ def environment(strategy: str, folder: Path) -> dict[str, str]:
 
     ZeRO-3 would keep weights as small as these whole, so it is told not to.
     """
-    if strategy == "one":
+    if strategy in ("one", CONTROL):
         return {}
     configuration = yaml.safe_load((ROOT / "launch" / "accelerate" / f"{strategy}.yaml").read_text())
     if configuration["distributed_type"] != "DEEPSPEED":
@@ -161,10 +167,16 @@ def _results(run: Path) -> dict[str, Any]:
 
 
 def markdown(cells: Mapping[tuple[str, str], Cell]) -> str:
-    """Return the table: the largest loss difference of each cell, or what failed; nothing where none was measured."""
-    lines = ["| method and base | " + " | ".join(STRATEGIES) + " |", "| --- |" + " --- |" * len(STRATEGIES)]
+    """Return the table: the largest loss difference of each cell, or what failed.
+
+    Empty where none was measured, a dash where there is no such cell.
+    """
+    lines = ["| method and base | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
     for row in ROWS:
-        entries = [entry(cells[row, strategy]) if (row, strategy) in cells else "" for strategy in STRATEGIES]
+        entries = [
+            (entry(cells[row, column]) if (row, column) in cells else "") if exists(row, column) else "-"
+            for column in COLUMNS
+        ]
         lines.append(f"| {row} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 

