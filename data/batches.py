@@ -58,8 +58,8 @@ class PromptBatch:
 
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor  # [B, L] int64
-    labels: Tensor | None = None  # [B, L] int64: the next token where the loss counts, NO_LABEL elsewhere
-    next_items: Tensor | None = None  # [B, L] int64: the item whose title starts behind this token, 0 elsewhere
+    labelled: Tensor | None = None  # [T] int64, training only: slots that a label stands behind
+    targets: Tensor | None = None  # [T] int64, those labels: the next tokens, or the items whose titles start there
     item_slots: Tensor | None = None  # [S] int64: where an item's vector stands instead of a token's
     slot_items: Tensor | None = None  # [S] int64: those items
     candidates: Tensor | None = None  # [B, C] int64: the items that a prompt offers
@@ -74,10 +74,9 @@ class PromptBatch:
 
     def muted(self) -> "PromptBatch":
         """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
-        assert self.labels is not None
-        assert self.next_items is not None
-        no_labels, no_items = torch.full_like(self.labels, NO_LABEL), torch.zeros_like(self.next_items)
-        return replace(self, labels=no_labels, next_items=no_items, count=0)
+        assert self.labelled is not None
+        assert self.targets is not None
+        return replace(self, labelled=self.labelled[:0], targets=self.targets[:0], count=0)
 
 
 class Batch(Protocol):
@@ -189,8 +188,8 @@ class EvaluationSequences:
 class TrainingPrompts:
     """Rows of `data.tokenized.build_prompts` for training.
 
-    `count_items` decides what the loss is divided by: titles (for losses over the catalogue) or tokens. With
-    `label_inputs` the loss also counts on the prompt, as in the published BIGRec. `shared` tokens begin all rows.
+    Labels are the tokens of titles, or, with `label_items`, the items whose titles start behind a token. With
+    `label_inputs` the tokens of the prompt are labels, too, as in the published BIGRec. `shared` tokens begin all rows.
     """
 
     def __init__(
@@ -200,31 +199,33 @@ class TrainingPrompts:
         titles: TitleTokens,
         *,
         label_inputs: bool,
-        count_items: bool,
+        label_items: bool,
         shared: int = 0,
     ) -> None:
         self.prompts, self.split, self.titles = prompts.with_format("numpy"), split, titles
-        self.label_inputs, self.count_items, self.shared = label_inputs, count_items, shared
+        self.label_inputs, self.label_items, self.shared = label_inputs, label_items, shared
         self.lengths = prompts.data.column("length").to_numpy().astype(np.int64)
 
     def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> PromptBatch:
         rows = self.prompts[indices]
         input_ids, attention_mask = pad(rows["input_ids"], side="right")
-        labels = np.full_like(input_ids, NO_LABEL)
-        next_items = np.zeros_like(input_ids)
+        behind, targets = [], []
         for i, (ids, context) in enumerate(zip(rows["input_ids"], rows["context"], strict=True)):
-            first = 1 if self.label_inputs else context
-            labels[i, first - 1 : len(ids) - 1] = ids[first:]
-            items, starts = self._titles_of(int(rows["user"][i]), int(rows["position"][i]), int(context), len(ids))
-            next_items[i, starts - 1] = items
-        count = int((next_items > 0).sum() if self.count_items else (labels != NO_LABEL).sum())
+            if self.label_items:
+                items, at = self._titles_of(int(rows["user"][i]), int(rows["position"][i]), int(context), len(ids))
+                targets.append(items.astype(np.int64))
+            else:
+                at = np.arange(1 if self.label_inputs else context, len(ids))
+                targets.append(ids[at].astype(np.int64))
+            behind.append(i * input_ids.shape[1] + at - 1)
+        labelled = np.concatenate(behind)
         return PromptBatch(
             torch.from_numpy(input_ids),
             torch.from_numpy(attention_mask),
-            torch.from_numpy(labels),
-            torch.from_numpy(next_items),
+            torch.from_numpy(labelled),
+            torch.from_numpy(np.concatenate(targets)),
             shared=self.shared,
-            count=count,
+            count=len(labelled),
         )
 
     def _titles_of(self, user: int, position: int, context: int, length: int) -> tuple[np.ndarray, np.ndarray]:

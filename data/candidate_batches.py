@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .batches import NO_LABEL, PromptBatch, SequenceBatch, sequences_of
+from .batches import PromptBatch, SequenceBatch, sequences_of
 from .candidate_rows import HYBRID, TEXT, CandidateSettings, UnseenCandidates, shuffled
 from .candidate_tokens import SLOT_TOKEN, CandidateEncoder, CandidateRows, Shown
 from .draws import Draws
@@ -54,21 +54,11 @@ class CandidatePrompts:
 class TrainingCandidates(CandidatePrompts):
     """One prompt for each training event with enough history, answered by its title.
 
-    Each epoch draws text, candidates and their order anew, as a function of (seed, epoch, example). `count_items`
-    divides the loss by prompts instead of tokens, for losses over items.
+    Each epoch draws text, candidates and their order anew, as a function of (seed, epoch, example).
     """
 
-    def __init__(
-        self,
-        split: Split,
-        encoder: CandidateEncoder,
-        settings: CandidateSettings,
-        seed: int,
-        *,
-        count_items: bool = False,
-    ) -> None:
+    def __init__(self, split: Split, encoder: CandidateEncoder, settings: CandidateSettings, seed: int) -> None:
         super().__init__(split, encoder, settings, seed)
-        self.count_items = count_items
         self.rows = response_rows(split, settings.history())
         self.unseen = UnseenCandidates(split, self.rows, settings.num_candidates)
         self.targets = self.unseen.targets
@@ -93,21 +83,19 @@ class TrainingCandidates(CandidatePrompts):
             hybrid = draws.fractions(HYBRID, 1)[:, 0] < self.settings.hybrid_share(progress)
         encoded, history = self.show(self.rows.take(indices), candidates, draws, hybrid, answer)
         input_ids, mask, slots = _padded(encoded, side="right")
-        labels, next_items = np.full_like(input_ids, NO_LABEL), np.zeros_like(input_ids)
         position = np.arange(input_ids.shape[1])
         answered = (position >= encoded.context[:, None] - 1) & (position < encoded.tokens.lengths[:, None] - 1)
-        labels[answered] = input_ids[:, 1:][answered[:, :-1]]
-        next_items[np.arange(len(indices)), encoded.context - 1] = answer
+        labelled = np.flatnonzero(answered)
         return PromptBatch(
             torch.from_numpy(input_ids),
             torch.from_numpy(mask),
-            torch.from_numpy(labels),
-            torch.from_numpy(next_items),
+            torch.from_numpy(labelled),
+            torch.from_numpy(input_ids.ravel()[labelled + 1]),
             item_slots=torch.from_numpy(slots),
             slot_items=torch.from_numpy(encoded.slot_items),
             candidates=torch.from_numpy(candidates),
             history=history,
-            count=len(indices) if self.count_items else int(answered.sum()),
+            count=len(labelled),
         )
 
 

@@ -89,7 +89,7 @@ def build_bigrec(setting: Setting) -> Built:
             split,
             titles,
             label_inputs=config.loss_on_inputs,
-            count_items=config.objective == "items",
+            label_items=config.objective == "items",
             shared=shared_start(rows) if may_share and not config.loss_on_inputs else 0,
         )
 

@@ -42,14 +42,21 @@ class PlanSettings:
     """Tokens of a row, or events of a history; the longest that the method's settings allow when not given."""
     num_items: int = 10_000
     """Items of the catalogue."""
+    gpu_tflops: float | None = None
+    """Peak of each GPU for the training's type, in 10^12 FLOP/s, as its data sheet has it without sparsity; forecasts
+    the speed too."""
+    utilisation: float = 0.4
+    """Share of that peak which training is taken to reach."""
     json: bool = False
     """Print JSON (sizes in bytes) instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpu_memory", "num_items", "length"):
+        for name in ("gpus", "gpu_memory", "num_items", "length", "gpu_tflops"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} is {value}, but must be above 0")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"--utilisation is {self.utilisation}, but must be above 0 and at most 1")
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +71,7 @@ def main(argv: list[str]) -> int:
     pick = next((fit for fit in fits if fit.fits), None) or next((fit for fit in fits if fit.largest_micro_batch), None)
     command = None if pick is None else planner.command(pick, train_flags(argv, pick.fits))
     if settings.json:
-        print(json.dumps(as_json(planner, fits, pick, command), indent=2))
+        print(json.dumps(as_json(planner, settings, fits, pick, command), indent=2))
     else:
         show(planner, settings, fits, pick, command)
     return 0 if pick else 1
@@ -99,6 +106,7 @@ def show(planner: Planner, settings: PlanSettings, fits: list[Fit], pick: Fit | 
         f"Forecasts in GiB a GPU, {RESERVED / GiB:g} GiB for CUDA in the total; host: what waits there, for all GPUs;\n"
         "largest: rows of a micro-batch that fit. Evaluation, data and loading the weights are not counted."
     )
+    print(work(planner, settings))
     if size.left_out:
         print(f"Not counted either: {size.left_out}.")
     if pick is None:
@@ -110,6 +118,26 @@ def show(planner: Planner, settings: PlanSettings, fits: list[Fit], pick: Fit | 
         return
     less = "" if pick.fits else f" with a micro-batch of {planner.even(pick.largest_micro_batch)}"
     print(f"Pick {pick.forecast.strategy.title_for(settings.gpus)}{less}:\n  {command}")
+
+
+def work(planner: Planner, settings: PlanSettings) -> str:
+    """Return in words how much is computed, and how long that would take."""
+    places, each = planner.micro_batch * planner.length, "token" if planner.config.backbone else "event"
+    words = f"One {each} of a training step: {planner.rehearsal.flops / places / 1e9:,.4g} x 10^9 FLOP."
+    if settings.gpu_tflops is None:
+        return words
+    speed = places_per_second(planner, settings)
+    return (
+        f"{words} At {settings.utilisation:.0%} of {settings.gpu_tflops:g} x 10^12 FLOP/s, {speed:,.0f} {each}s/s a "
+        f"GPU and {planner.share * planner.length / speed:,.3g} s a step, with nothing for communication and offload."
+    )
+
+
+def places_per_second(planner: Planner, settings: PlanSettings) -> float:
+    """Return the tokens (or events) that one GPU trains in a second, padding included."""
+    assert settings.gpu_tflops is not None
+    each = planner.rehearsal.flops / (planner.micro_batch * planner.length)
+    return settings.gpu_tflops * 1e12 * settings.utilisation / each
 
 
 def forecast_table(fits: list[Fit]) -> Table:
@@ -140,7 +168,9 @@ def train_flags(argv: list[str], keeps_micro_batch: bool) -> list[str]:
     return kept
 
 
-def as_json(planner: Planner, fits: list[Fit], pick: Fit | None, command: str | None) -> dict[str, Any]:
+def as_json(
+    planner: Planner, settings: PlanSettings, fits: list[Fit], pick: Fit | None, command: str | None
+) -> dict[str, Any]:
     """Return the forecast for machines; sizes in bytes."""
     strategies = [
         {"name": fit.forecast.strategy.name, "fits": fit.fits, "largest_micro_batch": fit.largest_micro_batch}
@@ -156,6 +186,7 @@ def as_json(planner: Planner, fits: list[Fit], pick: Fit | None, command: str | 
         "strategies": strategies,
         "pick": None if pick is None else pick.forecast.strategy.name,
         "command": command,
+        "tokens_per_second_of_a_gpu": None if settings.gpu_tflops is None else places_per_second(planner, settings),
     }
 
 

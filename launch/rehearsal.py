@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import masking_utils
 
 from models import dropout
@@ -49,6 +51,7 @@ class Rehearsal:
     peak_bytes: int  # the most that is alive beside weights and accumulated gradients
     peak_with_gradients: int  # the same with gradients, of a step of one micro-batch that starts without any
     logits_bytes: int  # the most that is alive of tensors as wide as the vocabulary or the catalogue
+    flops: int  # a number: of matrix products and attention, forward, backward, and what checkpointing computes again
     left_out: str = ""  # what of the model is not counted, in words
 
     @property
@@ -99,7 +102,8 @@ def _measure(
     )
     size = _weights(model)  # before bitsandbytes moves its scales
     live.watch_gradients(p for p in model.parameters() if p.requires_grad)
-    with mode, as_on(device, autocast), live:
+    count = FlopCount()
+    with mode, as_on(device, autocast), live, count:
         with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             total = model(batch).total
         held = live.now
@@ -110,8 +114,64 @@ def _measure(
         peak_bytes=live.peak,
         peak_with_gradients=live.peak_with_gradients,
         logits_bytes=live.peak_logits,
+        flops=count.flops,
         left_out=skeleton.left_out,
     )
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the FLOPs of matrix products and attention.
+
+    torch's FlopCounterMode has hooks in every module, which keep tensors alive that would be gone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := FLOPS.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, is_causal: bool = False, **__: Any) -> int:
+    """Two products of queries with keys or values, [B, h, S, d] each; causal ones need half of the pairs."""
+    pairs = prod(query.shape[:3]) * key.shape[-2] / (2 if is_causal else 1)
+    return int(2 * pairs * (key.shape[-1] + value.shape[-1]))
+
+
+def _attention_backward_flops(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    **_: Any,
+) -> int:
+    """The four products of the gradients; what the fused kernel computes again is not counted."""
+    return 2 * _attention_flops(query, key, value, is_causal=is_causal)
+
+
+def _product_with_4_bits_flops(rows: Tensor, packed: Tensor, shape: list[int], *_: Any, **__: Any) -> int:
+    return 2 * rows.numel() * shape[0]
+
+
+def _product_with_8_bits_flops(rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * rows.numel() * len(weight)
+
+
+# torch has formulas for its own products and for CUDA's attention; these are bitsandbytes' and the fake attention's.
+FLOPS: dict[Any, Any] = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.bitsandbytes.gemm_4bit: _product_with_4_bits_flops,
+    torch.ops.bitsandbytes.int8_scaled_mm: _product_with_8_bits_flops,
+}
 
 
 def _weights(model: nn.Module) -> dict[str, int]:
@@ -139,7 +199,7 @@ def _bytes(tensor: Tensor) -> int:
 def as_on(device: Device, autocast: torch.dtype | None) -> Iterator[None]:
     """Let fake CPU tensors keep what a real `device` keeps, in a forward pass of whole unpadded sequences."""
     # What transformers finds by looking at the numbers, which are not there: no row packs several sequences.
-    with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None), FakeIndexing():
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
         if device == "cpu":
             yield
             return
@@ -162,17 +222,6 @@ def _cuda_autocast(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_enabled("cuda", before)
-
-
-class FakeIndexing(TorchFunctionMode):
-    """Indexing by a mask takes every row: how many are set cannot be known here, and all is the most."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
-            values, mask = args
-            rows = torch.zeros(mask.numel(), dtype=torch.int64)
-            return values.flatten(0, mask.ndim - 1).index_select(0, rows)
-        return function(*args, **(kwargs or {}))
 
 
 # Where CUDA's kernels keep something else for the backward pass than the CPU's do:

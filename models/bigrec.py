@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from data.batches import NO_LABEL, PromptBatch
+from data.batches import PromptBatch
 from data.prompt_rows import PromptSettings
 from data.title_tokens import TitleTokens
 
@@ -83,22 +83,22 @@ class BIGRec(Recommender):
             self.item_head = ItemHead(mean_token_embeddings(backbone, titles.without_end()))
 
     def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
-        assert batch.labels is not None
-        assert batch.next_items is not None
+        assert batch.labelled is not None
+        assert batch.targets is not None
         decoder = decoder_of(self.backbone)
         start = batch.shared if self.shares_start(batch.input_ids.device) else 0
-        ids, labels, next_items = (t[:, start:] for t in (batch.input_ids, batch.labels, batch.next_items))
+        ids, labelled = batch.input_ids[:, start:], batch.labelled
         # Training pads stand on the right, where a causal model never sees them: no mask keeps the fast kernels.
         if start:
             states = run_behind(decoder.body, batch.input_ids[:1, :start], ids)
+            labelled = labelled - start * (1 + labelled // batch.input_ids.shape[1])
         else:
             states = decoder.body(input_ids=ids, use_cache=False).last_hidden_state
+        states = states.flatten(0, 1).index_select(0, labelled)
         if self.config.objective == "items":
-            labelled = next_items > 0
-            return Loss(self.item_head.loss(states[labelled], next_items[labelled]), batch.count)
-        labelled = labels != NO_LABEL
+            return Loss(self.item_head.loss(states, batch.targets), batch.count)
         # Vocabulary logits exist only where there is a label, and there a chunk at a time.
-        total = losses.full_cross_entropy(states[labelled], decoder.weight, labels[labelled])
+        total = losses.full_cross_entropy(states, decoder.weight, batch.targets)
         return Loss(total, batch.count)
 
     def shares_start(self, device: torch.device) -> bool:

@@ -45,7 +45,7 @@ def corrected_for_sampling(logits_BN: Tensor, is_label_BN: Tensor, kept_BN: Tens
     Source: arXiv 2507.09331, which shows that correcting the positive alike is a bias.
     """
     drawn_BN = kept_BN & ~is_label_BN & log_q_N.isfinite()
-    log_q_label_B1 = log_q_N.masked_fill(~log_q_N.isfinite(), 0).expand_as(logits_BN)[is_label_BN][:, None]
+    log_q_label_B1 = log_q_N.masked_fill(~log_q_N.isfinite(), 0).where(is_label_BN, 0).sum(1, keepdim=True)
     drawn_B1 = drawn_BN.sum(1, keepdim=True).to(logits_BN.dtype)
     log_stands_for_BN = torch.log1p(-log_q_label_B1.exp()) - drawn_B1.log() - log_q_N
     return logits_BN + log_stands_for_BN.where(drawn_BN, 0)

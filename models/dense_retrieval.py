@@ -63,6 +63,7 @@ class DenseRetrieval(Recommender):
             self, ["known", *self.saved_buffers]
         )
         self._evaluated: Tensor | None = None
+        self._age: int | None = None  # what index_age holds, as soon as a step has asked
 
     # --- Training ---
 
@@ -153,9 +154,12 @@ class DenseRetrieval(Recommender):
     def refresh(self, progress: float) -> None:
         """Encode the catalogue anew when a part of the epoch is over; all processes find out alike."""
         age = int(progress / self.config.refresh_epochs + 1e-9)
-        if age != int(self.index_age):
+        if self._age is None:
+            self._age = int(self.index_age)  # once: reading it waits for the device
+        if age != self._age:
             self.item_index.copy_(self.encode_catalogue())
             self.index_age.fill_(age)
+            self._age = age
 
     # --- Vectors ---
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batches import to_device
 from data.listwise_prompts import ListwiseEncoder
 from data.permutations import Parser, Status
 
@@ -23,7 +24,7 @@ def first_logits(decoder: Decoder, encoder: ListwiseEncoder, history: list[np.nd
 
 def logits_of(decoder: Decoder, states_BH: Tensor, tokens: list[int]) -> Tensor:
     """The logits of these tokens, [B, tokens] float32; no others are computed."""
-    return product(states_BH, decoder.weight[torch.tensor(tokens, device=states_BH.device)])
+    return product(states_BH, decoder.weight.index_select(0, to_device(torch.tensor(tokens), states_BH.device)))
 
 
 def written_orders(

@@ -118,7 +118,8 @@ class LlamaRec(Recommender):
         states_BH = states_LH.index_select(0, batch.ends)
         if self.config.objective == "published":
             behind_BH = states_LH.index_select(0, batch.ends + 1)  # the letter stands there
-            return Loss(self._published(decoder, states_BH, behind_BH, batch.answers), batch.count)
+            n = batch.count // 2  # every row has a letter and an end, or none has
+            return Loss(self._published(decoder, states_BH[:n], behind_BH[:n], batch.answers[:n]), batch.count)
         logits_BK = self.head(decoder, states_BH, batch.candidates)
         return Loss(F.cross_entropy(logits_BK, batch.answers, ignore_index=NO_LABEL, reduction="sum"), batch.count)
 
@@ -126,10 +127,9 @@ class LlamaRec(Recommender):
         """Return the loss of the letter and of the end behind it, over the vocabulary."""
         assert isinstance(self.head, LetterHead)
         assert self.end_id is not None
-        labelled = answers_B != NO_LABEL
-        letters = self.head.answer_ids[answers_B[labelled]]
+        letters = self.head.answer_ids[answers_B]
         labels = torch.cat([letters, torch.full_like(letters, self.end_id)])
-        return losses.full_cross_entropy(torch.cat([states_BH[labelled], behind_BH[labelled]]), decoder.weight, labels)
+        return losses.full_cross_entropy(torch.cat([states_BH, behind_BH]), decoder.weight, labels)
 
     def scores(self, batch: RankingBatch) -> Tensor:  # type: ignore[override]
         scores_BK = self.fused(self.candidate_scores(batch), batch.retriever_scores, self.llm_weight)

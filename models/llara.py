@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.batches import NO_LABEL, PromptBatch, SequenceBatch
+from data.batches import PromptBatch, SequenceBatch
 from data.candidate_rows import CandidateSettings
 from data.title_tokens import TokenTable
 
@@ -105,14 +105,15 @@ class LLaRA(Recommender):
         return self
 
     def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
-        assert batch.labels is not None
+        assert batch.labelled is not None
+        assert batch.targets is not None
         decoder = decoder_of(self.backbone)
         with self.adapted(batch):
             # Pads stand on the right, where a causal model never sees them.
             states = decoder.body(inputs_embeds=self.embed(batch), use_cache=False).last_hidden_state
             parts = self.parts(batch)
-        labelled = batch.labels != NO_LABEL
-        total = losses.full_cross_entropy(states[labelled], decoder.weight, batch.labels[labelled])
+        states = states.flatten(0, 1).index_select(0, batch.labelled)
+        total = losses.full_cross_entropy(states, decoder.weight, batch.targets)
         return Loss(total, batch.count, parts)
 
     def scores(self, batch: PromptBatch) -> Tensor:  # type: ignore[override]

@@ -38,11 +38,11 @@ class NextToken(Recommender):
         self.backbone = backbone
 
     def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
-        assert batch.labels is not None
+        assert batch.targets is not None
         decoder = decoder_of(self.backbone)
         with self._gate(len(batch.input_ids)):
             states = decoder.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        total = losses.full_cross_entropy(states.flatten(0, 1), decoder.weight, batch.labels.flatten())
+        total = losses.full_cross_entropy(states.flatten(0, 1), decoder.weight, batch.targets)
         return Loss(total, batch.count)
 
     def _gate(self, rows: int) -> AbstractContextManager[None]:
@@ -69,8 +69,8 @@ def vocabulary(backbone: Backbone) -> int:
 
 def prompts(rows: int, length: int) -> PromptBatch:
     """Return [rows, length] fake tokens with a label at each."""
-    ids = torch.ones(rows, length, dtype=torch.int64)
-    return PromptBatch(ids, ids.clone(), ids.clone(), ids.clone(), count=rows * length)
+    ids, slots = torch.ones(rows, length, dtype=torch.int64), torch.arange(rows * length)
+    return PromptBatch(ids, ids.clone(), slots, torch.ones_like(slots), count=rows * length)
 
 
 def fake_texts(rows: int, length: int) -> TextBatch:

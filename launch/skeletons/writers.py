@@ -56,7 +56,7 @@ def llamarec(config: LlamaRecConfig, base: BackboneConfig | None, num_items: int
             *(ids, ids.clone(), ends, candidates, candidates.clone()),
             index_slots=torch.arange(rows * count) if isinstance(model.head, VectorHead) else None,
             answers=torch.zeros(rows, dtype=torch.int64),
-            count=rows,
+            count=rows * (2 if learns_text else 1),
         )
 
     return Skeleton(model, batch, vocabulary(backbone) if learns_text else count)

@@ -182,34 +182,43 @@ def training_prompts(
     mode: str,
     *,
     label_inputs: bool = False,
-    count_items: bool = False,
+    label_items: bool = False,
 ) -> TrainingPrompts:
     template = "dense" if mode == "dense" else "bigrec-movie"
     settings = PromptSettings(template=template, mode=mode, window=8, overlap=3, history_length=4)  # type: ignore[arg-type]
     rows = build_prompts(sample, catalog, tokenizer, settings, "train", cache, False)
     titles = TitleTokens.build(tokenizer, catalog, template_by_name(template))
-    return TrainingPrompts(rows, sample, titles, label_inputs=label_inputs, count_items=count_items)
+    return TrainingPrompts(rows, sample, titles, label_inputs=label_inputs, label_items=label_items)
+
+
+def spread(batch: PromptBatch) -> torch.Tensor:
+    """The labels where they stand, [B, L], with NO_LABEL elsewhere."""
+    assert batch.labelled is not None
+    assert batch.targets is not None
+    assert batch.count == len(batch.labelled) == len(batch.labelled.unique())
+    labels = torch.full_like(batch.input_ids, NO_LABEL)
+    labels.view(-1)[batch.labelled] = batch.targets
+    return labels
 
 
 @pytest.mark.parametrize("mode", ["response", "dense"])
 def test_prompt_labels_spell_the_next_titles(sample, catalog, tokenizer, cache, mode: str) -> None:
     examples = training_prompts(sample, catalog, tokenizer, cache, mode)
+    items_too = training_prompts(sample, catalog, tokenizer, cache, mode, label_items=True)
     template = template_by_name("dense" if mode == "dense" else "bigrec-movie")
     batch = examples.collate(everything(examples), 0)
-    assert batch.labels is not None
-    assert batch.next_items is not None
-    assert batch.count == int((batch.labels != NO_LABEL).sum())
+    labels, next_items = spread(batch), spread(items_too.collate(everything(examples), 0))
     named = []
     for row, (ids, mask) in enumerate(zip(batch.input_ids, batch.attention_mask, strict=True)):
         length = int(mask.sum())
         assert mask.tolist() == [1] * length + [0] * (len(ids) - length), "pads stand on the right"
-        starts = batch.next_items[row].nonzero()[:, 0].tolist()
+        starts = (next_items[row] != NO_LABEL).nonzero()[:, 0].tolist()
         # From the first title that is a label on, every token but the last has its successor as label.
-        assert batch.labels[row, : starts[0]].eq(NO_LABEL).all()
-        assert batch.labels[row, starts[0] : length - 1].tolist() == ids[starts[0] + 1 : length].tolist()
-        assert batch.labels[row, length - 1 :].eq(NO_LABEL).all()
+        assert labels[row, : starts[0]].eq(NO_LABEL).all()
+        assert labels[row, starts[0] : length - 1].tolist() == ids[starts[0] + 1 : length].tolist()
+        assert labels[row, length - 1 :].eq(NO_LABEL).all()
         for start, end in zip(starts, [*starts[1:], length - 1], strict=True):
-            item = int(batch.next_items[row, start])
+            item = int(next_items[row, start])
             assert tokenizer.decode(ids[start + 1 : end]) == template.response(catalog.titles[item])
             assert ids[end] == tokenizer.eos_token_id
             named.append((int(examples.prompts[row]["user"]), item))
@@ -233,22 +242,21 @@ def test_a_shared_start_ends_before_what_predicts_a_label() -> None:
     assert shared_start(Dataset.from_dict({"input_ids": [[7, 8]], "context": [1]})) == 0
 
 
-def test_the_loss_may_count_items_or_the_prompt_too(sample, catalog, tokenizer, cache) -> None:
+def test_labels_may_be_items_or_the_prompt_too(sample, catalog, tokenizer, cache) -> None:
     plain = training_prompts(sample, catalog, tokenizer, cache, "dense").collate(np.arange(5), 0)
-    items = training_prompts(sample, catalog, tokenizer, cache, "dense", count_items=True).collate(np.arange(5), 0)
-    assert torch.equal(items.labels, plain.labels)
-    assert items.count == int((plain.next_items > 0).sum()) < plain.count
+    items = training_prompts(sample, catalog, tokenizer, cache, "dense", label_items=True).collate(np.arange(5), 0)
+    assert 0 < items.count < plain.count
+    assert set(items.labelled.tolist()) < set(plain.labelled.tolist()), "where the first token of a title is the next"
     inputs = training_prompts(sample, catalog, tokenizer, cache, "dense", label_inputs=True).collate(np.arange(5), 0)
     real = plain.attention_mask.bool()
     assert inputs.count == int(real.sum()) - 5, "every token but the first of a row is a label"
-    assert torch.equal(inputs.labels[:, :-1][real[:, 1:]], plain.input_ids[:, 1:][real[:, 1:]])
+    assert torch.equal(spread(inputs)[:, :-1][real[:, 1:]], plain.input_ids[:, 1:][real[:, 1:]])
 
 
 def test_muted_prompts_have_no_labels(sample, catalog, tokenizer, cache) -> None:
     muted = training_prompts(sample, catalog, tokenizer, cache, "dense").collate(np.arange(2), 0).muted()
     assert muted.count == 0
-    assert muted.labels.eq(NO_LABEL).all()
-    assert not muted.next_items.any()
+    assert len(muted.labelled) == len(muted.targets) == 0
 
 
 @pytest.mark.parametrize("phase", ["valid", "test"])
@@ -259,7 +267,7 @@ def test_evaluation_prompts_end_where_the_answer_begins(sample, catalog, tokeniz
     batch: PromptBatch = examples.collate(indices)
     assert batch.row is not None
     assert batch.row.tolist() == indices.tolist()
-    assert batch.labels is None
+    assert batch.labelled is None
     targets = sample.targets(phase)
     for index, ids, mask in zip(indices, batch.input_ids, batch.attention_mask, strict=True):
         length = int(mask.sum())

@@ -157,9 +157,11 @@ def test_training_prompts_answer_every_event_with_enough_history(split, tiny, mi
     batch = examples.collate(everything(examples), 0)
     expected = [(u, p) for u in range(split.num_users) for p in range(min_history, split.train_end[u])]
     assert list(zip(examples.rows.user, examples.rows.position, strict=True)) == expected
-    assert batch.count == int((batch.labels != NO_LABEL).sum())
+    assert batch.count == len(batch.labelled) == len(batch.targets)
+    labels_BL = torch.full_like(batch.input_ids, NO_LABEL)
+    labels_BL.view(-1)[batch.labelled] = batch.targets
     for row, (user, position) in enumerate(expected):
-        ids, labels = batch.input_ids[row], batch.labels[row]
+        ids, labels = batch.input_ids[row], labels_BL[row]
         length = int(batch.attention_mask[row].sum())
         assert batch.attention_mask[row, :length].all(), "pads stand on the right"
         before = split.history(user, position)
@@ -169,8 +171,6 @@ def test_training_prompts_answer_every_event_with_enough_history(split, tiny, mi
         assert labels[labelled].tolist() == ids[labelled + 1].tolist()
         assert tiny.decode(labels[labelled]) == f" {PLAIN[target]}\n"
         assert tiny.decode(ids[: labelled[0] + 1]).endswith(("Answer:", "you recommend is:", "Recommendation:"))
-        assert batch.next_items[row, labelled[0]] == target
-        assert batch.next_items[row].count_nonzero() == 1
         assert batch.history.items[row, : batch.history.lengths[row]].tolist() == before[-5:].tolist()
         offered = batch.candidates[row].tolist()
         assert len(set(offered)) == 20
@@ -264,7 +264,7 @@ def test_evaluation_offers_the_frozen_candidates(split, tiny) -> None:
     indices = np.array([4, 0, 6])
     batch = examples.collate(indices)
     assert batch.row.tolist() == indices.tolist()
-    assert batch.labels is None
+    assert batch.labelled is None
     assert [sorted(row) for row in batch.candidates.tolist()] == [sorted(frozen[i]) for i in indices]
     for row, index in enumerate(indices):
         length = examples.lengths[index]

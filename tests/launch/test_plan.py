@@ -221,6 +221,33 @@ def test_an_8b_base_in_four_bits() -> None:
     assert seen.frozen_bytes == pytest.approx(packed + in_bfloat16, rel=1e-4)
 
 
+def test_flops_are_those_counted_by_hand(folders: dict[str, str]) -> None:
+    """A product costs 2 FLOPs a weight forward and 2 for each gradient; causal attention half of all pairs."""
+    flags = f"--model bigrec --backbone.name {SHAPES / 'qwen2.5-7b'} --backbone.lora_dropout 0"
+    seen = {
+        changes: rehearse(parse(f"{flags} {changes}".split()), ITEMS, LENGTH, 1)
+        for changes in ("", "--backbone.quantization 4bit", "--backbone.gradient_checkpointing true")
+    }
+    width, layers, inner, keys, vocabulary = 3584, 28, 18944, 512, 152064
+    base = layers * (2 * width * width + 2 * width * keys + 3 * width * inner)
+    adapter = seen[""].trainable_parameters
+    attention = 2 * LENGTH * width * layers
+    by_hand = 4 * (base + width * vocabulary) + 6 * adapter + 3 * attention
+    assert seen[""].flops / LENGTH == pytest.approx(by_hand, rel=0.01)  # the first layer needs no input gradient
+    assert seen["--backbone.quantization 4bit"].flops == seen[""].flops
+    again = seen["--backbone.gradient_checkpointing true"].flops - seen[""].flops
+    assert again / LENGTH == pytest.approx(2 * base + 2 * adapter + attention, rel=0.01)
+
+
+def test_speed_is_a_share_of_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--model sasrec --train.batch_size 64 --gpus 2 --length 50"
+    assert "At 50% of 10 x 10^12 FLOP/s" in planned(capsys, f"{flags} --gpu_tflops 10 --utilisation 0.5")[1]
+    forecast = json.loads(planned(capsys, f"{flags} --gpu_tflops 10 --utilisation 0.5 --json true")[1])
+    each = forecast["micro_batch_of_one_process"]["flops"] / (32 * 50)
+    assert forecast["tokens_per_second_of_a_gpu"] == pytest.approx(5e12 / each)
+    assert "10^12" not in planned(capsys, flags)[1]
+
+
 def test_cuda_keeps_dropout_masks_of_one_byte(folders: dict[str, str]) -> None:
     config = settings("--model sasrec --train.precision fp32 --method.num_blocks 2", folders)
     on_cpu, on_gpu = (rehearse(config, ITEMS, LENGTH, ROWS, device) for device in ("cpu", "cuda"))
@@ -259,6 +286,7 @@ ONE = Rehearsal(
     peak_bytes=7_000_000,
     peak_with_gradients=7_100_000,
     logits_bytes=1_500_000,
+    flops=3_000_000_000,
 )
 
 
@@ -354,6 +382,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "message"),
     [
         ("--gpus 0", "--gpus is 0"),
+        ("--utilisation 40", "at most 1"),
         ("--gpu_memroy 24", "did you mean --gpu_memory"),
         ("--backbone.name ./no/such/folder", "there is no such folder"),
         ("--backbone.name {empty}", "no configuration could be loaded"),

@@ -118,10 +118,9 @@ def test_dense_rows_name_every_next_title_once_an_epoch(world, cache) -> None:
     built = _build(world, BIGRecConfig(objective="items", prompts=DENSE), cache)
     examples = built.training()
     batch = examples.collate(np.arange(len(examples.lengths)), 0)
-    named = batch.next_items[batch.next_items > 0]
     expected = np.concatenate([parts.training_items(user)[1:] for user in range(parts.num_users)])
     assert batch.count == len(expected)
-    assert sorted(named.tolist()) == sorted(expected.tolist())
+    assert sorted(batch.targets.tolist()) == sorted(expected.tolist())
 
 
 def test_muted_batch_adds_nothing(world, cache) -> None:
