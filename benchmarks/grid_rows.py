@@ -110,8 +110,8 @@ ROWS = {
     "ensemble float32": f"--model ensemble --method.members [{{inputs}}/sasrec,{{inputs}}/lrurec] {FP32}",
 }
 # Largest difference of a logged loss from one process: float32 sums in another order, bfloat16 with 8 bits, and these
-# bits in cosines that are divided by a temperature of .05 or .07. Those of bfloat16 are about twice what rounding does
-# to one process alone: benchmarks/grid.py measures that for every row.
+# bits in cosines that are divided by a temperature of .05 or .07. Those of bfloat16 are what rounding does to one
+# process alone in the rows where it does most; benchmarks/grid.py measures that, too.
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-3, "bf16 cosines": 1e-2}
 OF_COSINES = ("dense-retrieval", "ur4rec-v2")
 

@@ -1,4 +1,4 @@
-"""Forecast what fits one GPU for the shapes in launch/shapes, and count FLOPs a token: the tables of docs/scaling.md.
+"""Forecast what fits one GPU for the shapes in launch/shapes, and how fast: the tables of docs/scaling.md.
 
 python benchmarks/qlora_memory.py
 
@@ -15,18 +15,18 @@ from benchmarks.document import write_section
 from launch.config import RunConfig, parse
 from launch.fitting import Planner
 from launch.memory import STRATEGIES, GiB, Strategy
-from models.backbone import causal_model
-from models.skeleton import backbone_skeleton
 
 COMMAND = "benchmarks/qlora_memory.py"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 SHAPES = ("llama-3.1-8b", "qwen2.5-7b")
 NUM_ITEMS = 10_000
 ALONE, OFFLOADED = STRATEGIES[0], STRATEGIES[-1]
+UTILISATION = 0.4  # of a GPU's peak in bfloat16, assumed
 
 
 def main() -> None:
-    text = "\n\n".join("\n".join(table) for table in (small_cards(), with_and_without_quantisation(), flops()))
+    tables = (small_cards(), with_and_without_quantisation(), forecast_speeds())
+    text = "\n\n".join("\n".join(table) for table in tables)
     write_section(DOCUMENT, COMMAND, text)
     print(text)
 
@@ -85,26 +85,17 @@ def with_and_without_quantisation() -> Iterator[str]:
                 yield f"| {shape} | {base} | {length:,} | {' | '.join(cells)} |"
 
 
-def flops() -> Iterator[str]:
-    """Yield the lines of a table of FLOPs that one trained token takes, in units of 10^9."""
-    yield (
-        "| backbone | N, 10^9 | A, 10^6 | tokens a row | full training | LoRA | LoRA with recomputation |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
-    )
+def forecast_speeds() -> Iterator[str]:
+    """Yield the lines of a table of what one trained token computes, and of tokens/s at an assumed utilisation."""
+    gpus = {"peak 165": 165, "peak 989": 989}  # 10^12 FLOP/s; cards of 24 and 80 GiB
+    yield f"| backbone | checkpointing | 10^9 FLOP a token | {' | '.join(f'tokens/s, {gpu}' for gpu in gpus)} |"
+    yield "| --- | --- | --- |" + " --- |" * len(gpus)
     for shape in SHAPES:
-        backbone = settings(shape, "none", True, 1, 1).backbone
-        assert backbone is not None
-        model = backbone_skeleton(backbone)
-        text = causal_model(model).config.get_text_config()
-        weights = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
-        frozen, adapter = (sum(p.numel() for p in weights if p.requires_grad is trained) for trained in (False, True))
-        for length in (512, 1024):
-            attention = 2 * length * text.hidden_size * text.num_hidden_layers
-            full = 6 * frozen + 3 * attention
-            lora = 4 * frozen + 6 * adapter + 3 * attention
-            recomputed = lora + 2 * (frozen + adapter) + attention
-            cells = (f"{count / 1e9:.1f}" for count in (full, lora, recomputed))
-            yield f"| {shape} | {frozen / 1e9:.2f} | {adapter / 1e6:.1f} | {length:,} | {' | '.join(cells)} |"
+        for checkpointing in (False, True):  # a base of 4 bits takes as many
+            planner = Planner(settings(shape, "none", checkpointing, 1, 1), NUM_ITEMS, 512, gpus=1)
+            each = planner.rehearsal.flops / planner.length
+            speeds = (f"{UTILISATION * peak * 1e12 / each:,.0f}" for peak in gpus.values())
+            yield f"| {shape} | {'yes' if checkpointing else 'no'} | {each / 1e9:.1f} | {' | '.join(speeds)} |"
 
 
 if __name__ == "__main__":
