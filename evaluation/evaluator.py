@@ -13,10 +13,10 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from data.splits import Phase, Split
+from models.devices import gather_object
 from models.popularity import Popularity
 
 from .metrics import Ties, coverage, per_user_metrics

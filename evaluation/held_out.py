@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from data.batches import Batch
+from models.devices import gather_object
 
 LOSS = "loss"  # the validation metric of such a stage: lower is better
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from evaluation.protocols import Mask, seen_pairs
 from evaluation.ranks import PADDING_ITEM, top_items
 from evaluation.results import Evaluation
 from evaluation.two_stages import two_stage_figures
+from models.devices import gather_object
 from models.sequence_recommender import SequenceRecommender
 
 from .earlier_runs import Asking, require_run

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from data.batches import Examples
@@ -15,6 +14,7 @@ from data.retrieval_texts import RetrievalTexts
 from models.backbone import load_backbone, load_tokenizer
 from models.dense_retrieval import DenseRetrieval
 from models.dense_retrieval_config import DenseRetrievalConfig
+from models.devices import runs_on_cpu
 from models.pretrained import load_saved_tokenizer
 from models.text_encoder import TextEncoder
 from models.tiny import vocabulary_text
@@ -47,7 +47,7 @@ def build_dense_retrieval(setting: Setting) -> Built:
     items = encoder() if config.two_encoders else users
 
     def training() -> Examples:
-        rows = config.grad_cache_rows or (None if torch.accelerator.is_available() else CPU_ROWS)
+        rows = config.grad_cache_rows or (CPU_ROWS if runs_on_cpu() else None)
         return TrainingCuts(split, texts, config.cuts, setting.seed, rows)
 
     model = DenseRetrieval(config, texts, users, items, split.cold_items)

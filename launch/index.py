@@ -22,6 +22,7 @@ from data.loaders import EvaluationLoader, Share
 from launch.loading import LoadedRun, load_run, read_data_of
 from launch.parser import SettingsParser
 from models.dense_retrieval import DenseRetrieval
+from models.devices import own_device
 
 PARTS_PER_BYTE = 4  # of a vector: product quantisation keeps one byte for so many numbers
 CODES = 256  # values of such a byte: fewer items than these cannot teach it
@@ -49,8 +50,9 @@ def main(argv: list[str]) -> int:
     model = run.built.model
     if not isinstance(model, DenseRetrieval):
         sys.exit(f"error: --run {config.run} is {run.config.model}: expected a run of dense-retrieval")
+    model.to(own_device())
     with torch.inference_mode():
-        items = model.evaluated()[1:].numpy()
+        items = model.evaluated()[1:].cpu().numpy()
         users = users_of(run, model)
     index = build(config, items)
     library().write_index(index, str(config.to))
@@ -69,8 +71,8 @@ def main(argv: list[str]) -> int:
 def users_of(run: LoadedRun, model: DenseRetrieval) -> np.ndarray:
     """Return the users of the test as vectors, [n, D]."""
     examples = run.built.evaluation_among(read_data_of(run), "test", None)
-    loader = EvaluationLoader(examples, run.config.train.eval_batch_size, Share(), torch.device("cpu"))
-    return np.concatenate([model(batch, "encode_users").numpy() for batch in loader])
+    loader = EvaluationLoader(examples, run.config.train.eval_batch_size, Share(), own_device())
+    return np.concatenate([model(batch, "encode_users").cpu().numpy() for batch in loader])
 
 
 def build(config: IndexConfig, items: np.ndarray) -> Any:

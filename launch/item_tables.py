@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from data.prompts import title_texts
 from data.title_tokens import TokenTable, encode
 from models.backbone import Backbone, BackboneConfig, causal_model, load_backbone
+from models.devices import own_device
 from models.e4srec import E4SRecConfig, item_vectors, token_norm
 from models.item_embeddings import ItemTable, ItemTableConfig, mean_token_embeddings
 from models.pretrained import load_saved_tokenizer
@@ -58,7 +59,8 @@ def item_tables(
 def encoded_titles(encoder: str, titles: list[str]) -> Tensor:
     """Return what a text encoder makes of each title, [N + 1, D]; row 0 is zero."""
     tokenizer = load_saved_tokenizer(encoder)
-    model = load_backbone(BackboneConfig(name=encoder), tokenizer, seed=0, device="cpu", trainable=False, head=False)
+    frozen = BackboneConfig(name=encoder)
+    model = load_backbone(frozen, tokenizer, seed=0, device=own_device(), trainable=False, head=False)
     vectors = text_vectors(model, tokenizer, titles)
     return torch.cat([torch.zeros_like(vectors[:1]), vectors])
 

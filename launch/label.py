@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+from models.devices import gather_object
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
 
 import numpy as np
-from accelerate.utils import gather_object
 
 from data.candidate_store import CandidateStore, as_test, rows_of
 from data.interactions import Catalog

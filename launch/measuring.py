@@ -93,7 +93,7 @@ def finish(
         figures, evaluations = measure_ranking(config, built, trained.model, parts, catalog, runtime)
         seconds = evaluations[-1].header["seconds"]
     runtime.settle()
-    weights, size = weights_of(model), describe(model)
+    weights, size = weights_of(model, keep=runtime.is_main), describe(model)
     if not runtime.is_main:
         return
     saved = config

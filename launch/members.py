@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from data.batches import Examples
 from data.member_examples import KnownScores, MemberBatch, MemberExamples
 from data.splits import Phase, Split
 from evaluation.run_folders import Run
+from models.devices import gather_object
 from models.ensemble import Ensemble, EnsembleConfig
 
 from .earlier_runs import Asking, require_run

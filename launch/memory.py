@@ -114,7 +114,7 @@ def forecast(
         buffers += _gathered(rehearsal, zero)
     if strategy.offloads_parameters:
         host += rehearsal.weight_bytes - rehearsal.unsharded_bytes
-        weights = rehearsal.persistent_bytes + rehearsal.unsharded_bytes
+        weights = rehearsal.persistent_bytes + rehearsal.unsharded_bytes + rehearsal.uncut_bytes
     # What is alive when the forward pass ends and what the logits take need not be alive at the same moment.
     logits = min(rehearsal.logits_bytes, max(0, peak - rehearsal.activation_bytes))
     buffers += rehearsal.logits_bytes - logits
@@ -128,16 +128,15 @@ def _gradients(rehearsal: Rehearsal, strategy: Strategy, gpus: int, accumulates:
         return 0
     if strategy.stage >= 2:
         return -(-whole // gpus)
-    at_peak = whole if accumulates else max(rehearsal.peak_with_gradients, whole) - rehearsal.peak_bytes
-    if strategy.stage == 0 and gpus > 1:
-        at_peak += whole  # DDP sends copies of the gradients, which it keeps
-    return at_peak
+    # Under DDP they lie in the buckets that it sends, which are there from the start.
+    is_there = accumulates or (strategy.stage == 0 and gpus > 1)
+    return whole if is_there else max(rehearsal.peak_with_gradients, whole) - rehearsal.peak_bytes
 
 
 def _sharded(rehearsal: Rehearsal, gpus: int) -> int:
     """Bytes of weights that ZeRO-3 leaves on a GPU between uses."""
     shared = rehearsal.weight_bytes - rehearsal.persistent_bytes - rehearsal.unsharded_bytes
-    return -(-shared // gpus) + rehearsal.persistent_bytes + rehearsal.unsharded_bytes
+    return -(-shared // gpus) + rehearsal.persistent_bytes + rehearsal.unsharded_bytes + rehearsal.uncut_bytes
 
 
 def _gathered(rehearsal: Rehearsal, zero: ZeroBuffers) -> int:

@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerFast
 
 from data.batches import Examples
@@ -19,6 +18,7 @@ from data.prompts import title_texts
 from data.splits import Phase, Split
 from data.teacher_labels import TeacherLabels
 from models.backbone import load_backbone, load_tokenizer
+from models.devices import gather_object
 from models.pretrained import load_saved_tokenizer
 from models.rankllm import RankLLM, RankLLMConfig
 from models.tiny import vocabulary_text

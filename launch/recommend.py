@@ -25,6 +25,7 @@ from data.interactions import Catalog
 from data.new_items import with_new_items
 from launch.loading import LoadedRun, histories_as_split, load_run, read_data_of
 from launch.setting import CannotRank
+from models.devices import own_device
 
 # How like a title (0 to 100) a typed one must be to be taken for it, or to be told of it; a part counts for less.
 SURE_MATCH, POSSIBLE_MATCH, PART_OF_WHOLE = 85, 60, 0.8
@@ -162,7 +163,8 @@ def history_of_user(raw_user: str, run: LoadedRun) -> np.ndarray:
 def recommend(run: LoadedRun, history: np.ndarray, k: int, include_seen: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the k best items and their scores, best first."""
     examples = run.built.evaluation_among(histories_as_split([history], run.catalog), "test", None)
-    scores = run.built.model(examples.collate(np.array([0]), 0))[0]
+    device = own_device()
+    scores = run.built.model.to(device)(examples.collate(np.array([0]), 0).to(device))[0].cpu()
     if not include_seen:
         scores[torch.from_numpy(history)] = -torch.inf
     best = scores.topk(min(k, run.catalog.num_items))

@@ -44,6 +44,7 @@ class Rehearsal:
     frozen_bytes: int  # as they are stored, buffers and the scales of quantised weights included
     trainable_bytes: int
     unsharded_bytes: int  # of the frozen ones, those that are no parameters: ZeRO-3 leaves them whole
+    uncut_bytes: int  # of 8-bit weights: bitsandbytes holds on to them whole while ZeRO-3 cuts its parameters
     persistent_bytes: int  # of parameters small enough for ZeRO-3 to keep them whole
     largest_module_bytes: int  # the largest parameters of one module, which ZeRO-3 gathers at once
     stored_elements: int  # as ZeRO-3 counts them: numbers in storage, of which a packed one holds several weights
@@ -185,6 +186,7 @@ def _weights(model: nn.Module) -> dict[str, int]:
         "trainable_bytes": trainable,
         "frozen_bytes": sum(map(_bytes, parameters)) - trainable + unsharded,
         "unsharded_bytes": unsharded,
+        "uncut_bytes": sum(_bytes(held) for p in parameters if (held := getattr(p, "CB", None)) is not None),
         "persistent_bytes": sum(_bytes(p) for p in parameters if p.numel() <= PERSISTENT_ELEMENTS),
         "largest_module_bytes": max(sum(map(_bytes, m.parameters(recurse=False))) for m in model.modules()),
         "stored_elements": sum(p.numel() for p in parameters),

@@ -20,6 +20,7 @@ from data.prompt_rows import PromptSettings, Rows, evaluation_rows, response_row
 from data.splits import Phase, Split
 from evaluation.results import Evaluation
 from models.backbone import BackboneConfig, load_backbone
+from models.devices import own_device
 from models.pretrained import load_saved_tokenizer
 from models.sequence_recommender import SequenceRecommender
 from models.text_vectors import text_vectors
@@ -178,9 +179,7 @@ def vectors_now(texts: Sequence[str], encoder: str) -> np.ndarray:
     row_of = {text: row for row, text in enumerate(dict.fromkeys(["", *texts]))}
     logger.info("encoding %d texts with %s", len(row_of) - 1, encoder)
     tokenizer = load_saved_tokenizer(encoder)
-    # Not Accelerate's device: whoever asks for that joins the launch, and a run is also loaded before.
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    frozen = BackboneConfig(name=encoder)
+    frozen, device = BackboneConfig(name=encoder), own_device()
     model = load_backbone(frozen, tokenizer, seed=0, device=device, trainable=False, head=False)
     with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
         vectors = text_vectors(model, tokenizer, list(row_of)).half().numpy()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from evaluation.metrics import per_user_metrics
 from evaluation.protocols import seen_pairs
 from evaluation.ranks import candidate_mask, count_among
 from models.backbone import BackboneConfig, causal_model, load_backbone
+from models.devices import gather_object
 from models.pretrained import load_saved_tokenizer
 from models.text_encoder import TextEncoder
 from models.text_vectors import MAX_TOKENS

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 
 from data.batches import Batch, PromptBatch
 from evaluation.text_hits import TextHit, exact_hit, published_hit, summary
+from models.devices import gather_object
 
 from .setting import Built
 

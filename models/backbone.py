@@ -237,7 +237,7 @@ def _load_base(
         set_dropout(model, config.dropout)
     if config.quantization == "none":
         model.to(device=device)  # type: ignore[call-arg]
-    else:  # bitsandbytes has placed its weights on the current device already
+    else:  # bitsandbytes has placed its weights on this process's device already
         freeze_quantised(model)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from data.batches import PromptBatch
@@ -21,6 +20,7 @@ from . import losses
 from .backbone import Backbone
 from .base import Loss, Recommender
 from .decoder import decoder_of, run_behind, run_prefix, scoring_decoder
+from .devices import gather_object
 from .item_embeddings import mean_token_embeddings
 from .title_generation import beam_scores, beam_search_titles
 from .title_grounding import GroundingConfig, TitleGrounding

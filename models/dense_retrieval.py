@@ -58,10 +58,6 @@ class DenseRetrieval(Recommender):
         self.register_buffer("known", known, persistent=False)
         self.register_buffer("item_index", torch.zeros(texts.num_items + 1, item_encoder.width))
         self.register_buffer("index_age", torch.tensor(NEVER))
-        # They are alike on all processes already: DDP need not send them in every step.
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            self, ["known", *self.saved_buffers]
-        )
         self._evaluated: Tensor | None = None
         self._age: int | None = None  # what index_age holds, as soon as a step has asked
 

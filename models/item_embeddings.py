@@ -130,7 +130,9 @@ def mean_token_embeddings(backbone: Backbone, tokens: TokenTable) -> Tensor:
     weight = causal_model(backbone).get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     ids, starts = torch.from_numpy(tokens.ids).long(), torch.from_numpy(tokens.offsets[:-1])
-    table = F.embedding_bag(ids.to(weight.device), weight.float(), starts.to(weight.device), mode="mean")
+    used, rows = ids.unique(return_inverse=True)  # a vocabulary in float32 may not fit beside a 4-bit base
+    vectors = weight.index_select(0, used.to(weight.device)).float()
+    table = F.embedding_bag(rows.to(weight.device), vectors, starts.to(weight.device), mode="mean")
     table[0] = 0
     return table
 

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from . import losses
 from .backbone import Backbone, causal_model
 from .base import Loss, Recommender
 from .decoder import Decoder, decoder_of, product, run_prefix, scoring_decoder
+from .devices import gather_object
 from .item_embeddings import put_vectors
 
 WEIGHTS_TRIED = 21  # of the language model, 0 to 1

@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .devices import own_device
+
 if TYPE_CHECKING:
     from .backbone import BackboneConfig
 
@@ -51,6 +53,8 @@ def load_pretrained(config: "BackboneConfig", dtype: str, head: bool) -> PreTrai
             dtype=dtype,
             attn_implementation=config.attention,
             quantization_config=quantization(config),
+            # Packed weights are made where they stay; the first GPU would get those of all processes.
+            device_map=None if config.quantization == "none" else {"": own_device()},
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,

@@ -11,10 +11,11 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from torch import Tensor, nn
 
 from data.loaders import Share
+from models.devices import runs_on_cpu
 
 from .checkpoint import CannotSave
 from .optimizer import clipped_parts
@@ -50,16 +51,17 @@ class Runtime:
     ):
         self.watchdog = join(timeout_seconds)
         # Without this, a multi-process launch on a machine without accelerator trains one copy a process.
-        if not torch.accelerator.is_available():
+        on_cpu = runs_on_cpu()
+        if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, when a library imports it, looks and warns
         if "LOCAL_SIZE" in os.environ:  # the `deepspeed` launcher's name for it
             os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
         uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         with self.watchdog.guarding():
-            if uses_deepspeed and not torch.accelerator.is_available():
+            if uses_deepspeed and on_cpu:
                 compile_for_cpu()
-            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=collective_timeout(timeout_seconds))
-        self.precision = best_precision(state.device) if precision == "auto" else precision
+            state = PartialState(cpu=on_cpu, timeout=collective_timeout(timeout_seconds))
+        self.precision = best_precision(state.device, uses_deepspeed) if precision == "auto" else precision
         if "CROSS_SIZE" in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
             raise RuntimeError(
                 "the `deepspeed` launcher started this process without saying which ZeRO to use: export "
@@ -72,6 +74,9 @@ class Runtime:
             log_with=trackers or None,
             project_config=ProjectConfiguration(logging_dir=str(folder)) if folder else None,
             step_scheduler_with_optimizer=False,
+            # Buffers are alike on all processes, or made alike when they are saved (`share_buffers`): none need be sent
+            # in every pass. Gradients lie in DDP's buckets instead of beside them.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         if uses_deepspeed and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             raise RuntimeError(
@@ -109,10 +114,12 @@ class Runtime:
         return f"DDP, {processes}" if count > 1 else processes
 
     def _use_all_cores(self) -> None:
-        """Undo `accelerate launch`'s single thread a process on CPU: the processes here share the cores evenly."""
-        if self.device.type == "cpu":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        """Undo launchers' single thread a process: the processes here share the cores evenly.
+
+        With GPUs, too: an optimizer that waits in host memory computes there.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def place(self, model: nn.Module) -> nn.Module:
         """Return the model on this process's device; under ZeRO-3 `prepare` moves it, a slice at a time."""
@@ -175,11 +182,15 @@ class Runtime:
             self.zero.settle()
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-        """Return what a checkpoint holds of a prepared model; every process must ask, for it may be collective."""
+        """Return what a checkpoint holds of a prepared model, to the main process, and nothing of size to the others.
+
+        Every process must ask, for it may be collective.
+        """
         inner = self.unwrap(model)
         share_buffers(inner)
         scaler = self.scaler.state_dict() if self.scaler else {}
-        return TrainingState(weights_of(inner), optimizer_state_of(inner, optimizer, self.zero), scaler)
+        keep = self.is_main  # who alone writes them
+        return TrainingState(weights_of(inner, keep), optimizer_state_of(inner, optimizer, self.zero, keep), scaler)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -222,10 +233,14 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
 
-def best_precision(device: torch.device) -> str:
-    """Return the autocast type whose matrix products are fastest there and safe: "bf16", "fp16" or "fp32"."""
+def best_precision(device: torch.device, uses_deepspeed: bool = False) -> str:
+    """Return the autocast type whose matrix products are fastest there and safe: "bf16", "fp16" or "fp32".
+
+    Under DeepSpeed fp16 is not to be had (see trainers/zero.py).
+    """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        without_bf16 = "fp32" if uses_deepspeed else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else without_bf16
     fast_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if device.type == "cpu" and fast_bf16 else "fp32"
 

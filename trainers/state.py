@@ -25,16 +25,24 @@ class TrainingState:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def weights_of(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """Return the trainable parameters and saved buffers by name; tied parameters come once. Collective under ZeRO-3.
 
-    `model.saved_buffers` names what is not trained but found in training, and so belongs to the weights.
+    `model.saved_buffers` names what is not trained but found in training, and so belongs to the weights. A process
+    that only takes part does not `keep` them: the memory of a host may not hold the weights once for each of its GPUs.
     """
-    weights = {name: model.get_buffer(name).detach().cpu().contiguous() for name in _saved_buffers(model)}
+    weights = {name: on_host(model.get_buffer(name)) for name in _saved_buffers(model) if keep}
     for name, parameter in trainable(model):
         with gathered([parameter]):
-            weights[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+            if keep:
+                weights[name] = on_host(parameter)
     return weights
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in the memory of the host."""
+    tensor = tensor.detach()
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor.is_cpu else tensor.cpu().contiguous()
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -75,12 +83,19 @@ def _read_weights(model: nn.Module, file: Path) -> dict[str, Tensor]:
     return saved
 
 
-def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero | None) -> dict[str, Tensor]:
-    """Return every tensor that the optimizer keeps of a parameter, as "<parameter>/<key>". Collective under ZeRO."""
+def optimizer_state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero | None, keep: bool = True
+) -> dict[str, Tensor]:
+    """Return every tensor that the optimizer keeps of a parameter, as "<parameter>/<key>". Collective under ZeRO.
+
+    What a process does not `keep` it has not copied: see `weights_of`.
+    """
     if zero is not None:
-        return zero.optimizer_state(model)
+        return zero.optimizer_state(model, keep)
+    if not keep:
+        return {}
     return {
-        f"{name}/{key}": torch.as_tensor(value).detach().cpu().clone()
+        f"{name}/{key}": on_host(torch.as_tensor(value))
         for name, parameter in trainable(model)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -109,6 +124,17 @@ def load_optimizer_state(
         if names[id(parameter)] in by_parameter
     }
     optimizer.load_state_dict(state)
+    if getattr(optimizer, "is_paged", False):
+        page_again(optimizer)
+
+
+def page_again(optimizer: Any) -> None:
+    """Put the loaded moments of a paged optimizer of bitsandbytes into pages, from where torch has moved them."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and parameter.is_cuda:
+                buffer = optimizer.get_state_buffer(parameter, dtype=value.dtype)  # a plain one where it is small
+                state[key] = buffer.copy_(value)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

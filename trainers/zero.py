@@ -173,8 +173,11 @@ class Zero:
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)
         return norm.masked_fill(norm < 0, torch.nan)  # DeepSpeed says -1 for a norm that is not finite
 
-    def optimizer_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return "<parameter>/<key>" -> full tensor on the CPU, as `trainers.checkpoint` writes it. Collective."""
+    def optimizer_state(self, model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+        """Return "<parameter>/<key>" -> full tensor on the CPU, as `trainers.checkpoint` writes it. Collective.
+
+        A process that does not `keep` them only takes part.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_moments()
@@ -184,10 +187,12 @@ class Zero:
             moments = self._inner.state.get(steps[id(parameter)], {})
             if "step" not in moments:
                 continue  # no step was made yet
-            state[f"{name}/step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu().clone()
+            if keep:
+                state[f"{name}/step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu().clone()
             for key in MOMENTS:
                 full = safe_get_full_optimizer_state(parameter, key)
-                state[f"{name}/{key}"] = full.detach().view(full_shape(parameter)).float().cpu().contiguous()
+                if keep:
+                    state[f"{name}/{key}"] = full.detach().view(full_shape(parameter)).float().cpu().contiguous()
         return state
 
     def load_optimizer_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:

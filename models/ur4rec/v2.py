@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -73,8 +73,6 @@ class UR4RecV2(Recommender):
         names = [*(["sasrec"] if self.trains_sasrec else []), *(["fused"] if config.fusion.kind != "fixed" else [])]
         self.uncertainty = Uncertainty(["retriever", *names]) if config.balance == "uncertainty" else None
         self.register_buffer("item_texts", item_texts)
-        # All processes write them alike: DDP need not send them in every step.
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [*self.saved_buffers])
         self._encoded: Tensor | None = None
 
     def train(self, mode: bool = True) -> "UR4RecV2":

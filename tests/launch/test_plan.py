@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,7 @@ ONE = Rehearsal(
     frozen_bytes=2_000_000,
     trainable_bytes=400_000,
     unsharded_bytes=8_000,
+    uncut_bytes=0,
     persistent_bytes=16_000,
     largest_module_bytes=100_000,
     stored_elements=1_100_000,
@@ -292,7 +294,7 @@ ONE = Rehearsal(
 
 def test_every_strategy_by_hand() -> None:
     by = {name: forecast(ONE, strategy, gpus=4, accumulates=True) for name, strategy in BY_NAME.items()}
-    assert by["ddp"].total == 2_400_000 + 2 * 400_000 + 800_000 + 7_000_000 + RESERVED  # with DDP's own buckets
+    assert by["ddp"].total == 2_400_000 + 400_000 + 800_000 + 7_000_000 + RESERVED
     assert (by["zero1"].gradients, by["zero2"].gradients, by["zero3"].gradients) == (400_000, 100_000, 100_000)
     # moments and ZeRO's float32 copy, a quarter each
     assert by["zero1"].optimizer == by["zero2"].optimizer == by["zero3"].optimizer == 100_000 * 12 // 4
@@ -303,6 +305,19 @@ def test_every_strategy_by_hand() -> None:
     assert by["zero3_offload"].host == by["zero2_offload"].host + 2_400_000 - 8_000
     # a model within the reuse distance stays gathered as a whole
     assert by["zero3"].buffers - by["zero2"].buffers + _buckets("zero2") - _buckets("zero3") == 2_392_000 - 16_000
+
+
+def test_weights_of_8_bits_stay_whole_under_zero3(folders: dict[str, str]) -> None:
+    """bitsandbytes holds on to them, and ZeRO-3 cuts the parameters beside that."""
+    seen = rehearse(
+        settings("--model bigrec --backbone.name {llama} --backbone.quantization 8bit", folders), ITEMS, 8, 1
+    )
+    assert 0.5 * seen.frozen_bytes < seen.uncut_bytes < seen.frozen_bytes
+    in_4_bits = "--model bigrec --backbone.name {llama} --backbone.quantization 4bit"
+    assert rehearse(settings(in_4_bits, folders), ITEMS, 8, 1).uncut_bytes == 0
+    for name in ("zero3", "zero3_offload"):
+        cut = forecast(replace(seen, uncut_bytes=0), BY_NAME[name], gpus=4)
+        assert forecast(seen, BY_NAME[name], gpus=4).weights - cut.weights == seen.uncut_bytes
 
 
 def _buckets(name: str) -> int:

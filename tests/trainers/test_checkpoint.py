@@ -83,6 +83,7 @@ def test_only_trainable_weights_are_saved_and_tied_ones_once(tmp_path: Path) -> 
     model[0].requires_grad_(False)
     model[2].weight = model[1].weight
     assert set(weights_of(model)) == {"1.weight", "1.bias", "2.bias"}
+    assert weights_of(model, keep=False) == {}, "of a process that does not write them"
     Checkpoints(tmp_path).save(state(model, torch.optim.SGD(model.parameters())), Progress(step=1))
     with torch.no_grad():
         for parameter in model.parameters():

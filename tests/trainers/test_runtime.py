@@ -33,6 +33,24 @@ def test_auto_takes_what_is_fast_there(monkeypatch, device, fast_on_cpu, native_
     assert best_precision(device) == expected
 
 
+def test_under_deepspeed_auto_is_never_fp16(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert best_precision(CUDA, uses_deepspeed=True) == "fp32"
+
+
+def test_a_launch_on_the_cpu_leaves_an_accelerator_alone(monkeypatch, fresh_state) -> None:
+    """As launch/accelerate/cpu.yaml asks for."""
+    asked: list[bool] = []
+    partial_state = runtime_module.PartialState
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(
+        runtime_module, "PartialState", lambda cpu, **rest: (asked.append(cpu), partial_state(cpu, **rest))[1]
+    )
+    assert Runtime("fp32").device == CPU
+    assert asked == [True]
+
+
 class Product(nn.Module):
     """Says in which type a matrix product is done."""
 
