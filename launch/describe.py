@@ -17,14 +17,13 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
 
-from accelerate.utils import gather_object
-
 from data.config import DataConfig
 from data.description_prompts import wording_digest
 from data.descriptions import DescriptionSettings, Subject, append, read_texts, subjects, write_manifest
 from launch.loading import read_and_split
 from launch.parser import SettingsParser
 from models.backbone import TINY, BackboneConfig, causal_model, load_backbone, load_tokenizer
+from models.devices import gather_object
 from models.text_writer import TextWriter, WritingSettings
 from trainers.runtime import Runtime, leave
 

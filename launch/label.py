@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from models.devices import gather_object
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the clone itself is importable, installed or not
 
 import numpy as np
@@ -30,6 +28,7 @@ from evaluation.teacher_audit import audit
 from launch.loading import LoadedRun, load_run, read_data_of
 from launch.parser import SettingsParser
 from launch.setting import Reranking
+from models.devices import gather_object
 from models.rankllm import TooManyFailures
 from trainers.runtime import Runtime, leave
 

@@ -128,9 +128,11 @@ def _gradients(rehearsal: Rehearsal, strategy: Strategy, gpus: int, accumulates:
         return 0
     if strategy.stage >= 2:
         return -(-whole // gpus)
-    # Under DDP they lie in the buckets that it sends, which are there from the start.
-    is_there = accumulates or (strategy.stage == 0 and gpus > 1)
-    return whole if is_there else max(rehearsal.peak_with_gradients, whole) - rehearsal.peak_bytes
+    if strategy.stage == 0 and gpus > 1:
+        # In the buckets that DDP sends, which are there from the start; those of micro-batches before the last one
+        # stand beside them.
+        return 2 * whole if accumulates else whole
+    return whole if accumulates else max(rehearsal.peak_with_gradients, whole) - rehearsal.peak_bytes
 
 
 def _sharded(rehearsal: Rehearsal, gpus: int) -> int:

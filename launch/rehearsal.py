@@ -137,7 +137,9 @@ class FlopCount(TorchDispatchMode):
         return out
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, is_causal: bool = False, **__: Any) -> int:
+def _attention_flops(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **_: Any
+) -> int:
     """Two products of queries with keys or values, [B, h, S, d] each; causal ones need half of the pairs."""
     pairs = prod(query.shape[:3]) * key.shape[-2] / (2 if is_causal else 1)
     return int(2 * pairs * (key.shape[-1] + value.shape[-1]))

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -42,4 +43,7 @@ def gather_object(own: list[AnyObject]) -> list[AnyObject]:
 
 @functools.cache
 def _group_of_hosts() -> distributed.ProcessGroup | None:
-    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
+    if distributed.get_backend() == "gloo":
+        return None
+    # Who waits too long is for trainers/watchdog.py to say.
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=1))

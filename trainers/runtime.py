@@ -75,7 +75,7 @@ class Runtime:
             project_config=ProjectConfiguration(logging_dir=str(folder)) if folder else None,
             step_scheduler_with_optimizer=False,
             # Buffers are alike on all processes, or made alike when they are saved (`share_buffers`): none need be sent
-            # in every pass. Gradients lie in DDP's buckets instead of beside them.
+            # in every pass. Gradients that are sent lie in DDP's buckets, not beside them.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         if uses_deepspeed and self.accelerator.distributed_type != DistributedType.DEEPSPEED:

@@ -124,8 +124,9 @@ def load_optimizer_state(
         if names[id(parameter)] in by_parameter
     }
     optimizer.load_state_dict(state)
-    if getattr(optimizer, "is_paged", False):
-        page_again(optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper passes nothing else on
+    if getattr(inner, "is_paged", False):
+        page_again(inner)
 
 
 def page_again(optimizer: Any) -> None:

@@ -39,7 +39,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def meta_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the meta device take what a GPU takes: autocast, and copies from pinned memory."""
+    """Let the meta device take autocast, as a GPU does."""
     enabled, autocast = torch.is_autocast_enabled, torch.autocast
 
     def is_enabled(device: str | None = None) -> bool:
@@ -50,7 +50,6 @@ def meta_computes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "is_autocast_enabled", is_enabled)
     monkeypatch.setattr(torch, "autocast", context)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
 
 
 def on_gpu(model: nn.Module, mode: FakeTensorMode) -> None:

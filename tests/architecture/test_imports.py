@@ -129,3 +129,32 @@ def test_no_folder_hides_a_package() -> None:
     folders = {path for name in [*FOLDERS, "tests"] for path in (ROOT / name).rglob("*") if path.is_dir()}
     folders |= {path for path in ROOT.iterdir() if path.is_dir()}
     assert not [str(path.relative_to(ROOT)) for path in folders if path.name in HIDING_OTHERS]
+
+
+def too_early(source: str) -> list[str]:
+    """Return the imports of a command that would fail in a clone which is not installed."""
+    lines = source.splitlines()
+    made = next((i for i, line in enumerate(lines, start=1) if line.startswith("sys.path.insert(")), 0)
+    return [
+        f"line {line}: {name}" for line, name, level in imported(ast.parse(source)) if line < made and name in FOLDERS
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [*modules("launch"), *sorted((ROOT / "benchmarks").glob("*.py"))], ids=lambda p: p.name
+)
+def test_a_command_finds_the_clone_before_it_imports_from_it(path: Path) -> None:
+    assert not too_early(path.read_text())
+
+
+def test_an_import_above_the_path_is_found() -> None:
+    assert too_early("import sys\nfrom data.splits import Split\nsys.path.insert(0, here)\n") == ["line 2: data"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_objects_are_gathered_from_host_to_host(folder: str) -> None:
+    """Accelerate's own would take them through the memory of the GPU (`models.devices.gather_object`)."""
+    for path in modules(folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "accelerate.utils":
+                assert "gather_object" not in {alias.name for alias in node.names}, path

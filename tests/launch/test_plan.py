@@ -14,7 +14,7 @@ from launch import plan
 from launch.config import RunConfig, parse
 from launch.fitting import Planner, flags_that_would_fit
 from launch.memory import RESERVED, STRATEGIES, GiB, forecast
-from launch.rehearsal import Rehearsal, make_skeleton, rehearse
+from launch.rehearsal import FlopCount, Rehearsal, make_skeleton, rehearse
 from launch.sequences import sequence_recommender
 from launch.skeletons.base import NextToken
 from launch.skeletons.item_lists import TEXT_WIDTH
@@ -240,6 +240,18 @@ def test_flops_are_those_counted_by_hand(folders: dict[str, str]) -> None:
     assert again / LENGTH == pytest.approx(2 * base + 2 * adapter + attention, rel=0.01)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_flops_of_attention(is_causal: bool) -> None:
+    """Two products forward and four backward: 8 heads, 64 queries, 64 keys, 16 numbers; half of them if causal."""
+    query, key, value = (torch.randn(2, 8, 64, 16, requires_grad=True) for _ in range(3))
+    with FlopCount() as forward:
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    with FlopCount() as backward:
+        out.sum().backward()
+    product = 2 * 2 * 8 * 64 * 64 * 16 // (2 if is_causal else 1)
+    assert (forward.flops, backward.flops) == (2 * product, 4 * product)
+
+
 def test_speed_is_a_share_of_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--model sasrec --train.batch_size 64 --gpus 2 --length 50"
     assert "At 50% of 10 x 10^12 FLOP/s" in planned(capsys, f"{flags} --gpu_tflops 10 --utilisation 0.5")[1]
@@ -294,7 +306,9 @@ ONE = Rehearsal(
 
 def test_every_strategy_by_hand() -> None:
     by = {name: forecast(ONE, strategy, gpus=4, accumulates=True) for name, strategy in BY_NAME.items()}
-    assert by["ddp"].total == 2_400_000 + 400_000 + 800_000 + 7_000_000 + RESERVED
+    assert by["ddp"].total == 2_400_000 + 2 * 400_000 + 800_000 + 7_000_000 + RESERVED  # with DDP's own buckets
+    in_one_pass = forecast(ONE, BY_NAME["ddp"], gpus=4)
+    assert by["ddp"].total - in_one_pass.total == 400_000, "which hold the gradients of a step that does not accumulate"
     assert (by["zero1"].gradients, by["zero2"].gradients, by["zero3"].gradients) == (400_000, 100_000, 100_000)
     # moments and ZeRO's float32 copy, a quarter each
     assert by["zero1"].optimizer == by["zero2"].optimizer == by["zero3"].optimizer == 100_000 * 12 // 4

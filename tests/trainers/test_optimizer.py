@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from models.sasrec import SASRec, SASRecConfig
+from trainers import state
 from trainers.config import TrainConfig
 from trainers.optimizer import build_optimizer, clipped_parts, learning_rate, set_learning_rate
 from trainers.state import load_optimizer_state, optimizer_state_of
@@ -177,3 +179,17 @@ def test_moments_of_eight_bits_come_back_from_a_checkpoint() -> None:
     step(first, optimizer)
     step(second, other)
     assert torch.equal(first.weight, second.weight)
+
+
+def test_loaded_moments_of_a_paged_optimizer_go_back_to_pages(monkeypatch: pytest.MonkeyPatch, fresh_state) -> None:
+    """Also where Accelerate has wrapped it, as in every run."""
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    wrapped = Accelerator(cpu=True).prepare(optimizer)
+    paged: list[object] = []
+    monkeypatch.setattr(state, "page_again", paged.append)
+    load_optimizer_state(layer, wrapped, None, {})
+    assert not paged
+    optimizer.is_paged = True  # type: ignore[attr-defined]
+    load_optimizer_state(layer, wrapped, None, {})
+    assert paged == [optimizer]
