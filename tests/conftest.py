@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -23,6 +24,19 @@ Golden = tuple[dict[str, Any], dict[str, torch.Tensor]]
 def one_thread_per_worker() -> None:
     """Keep pytest-xdist's processes from fighting over cores, and sums in the same order on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Each test is a start of its own: Accelerate keeps one precision for the life of a process."""
+    forget_accelerator()
+    yield
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

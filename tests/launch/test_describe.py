@@ -17,7 +17,7 @@ from data.splits import split
 from launch import describe
 from models.backbone import BackboneConfig, load_backbone, load_tokenizer
 from models.text_writer import Gumbel, TextWriter, WritingSettings
-from tests.launch.conftest import forget_accelerator
+from tests.conftest import forget_accelerator
 
 DATA = "--data.source sample --data.sample_users 8 --data.sample_series 5 --texts.history_length 4".split()
 SAMPLE = DataConfig(source="sample", sample_users=8, sample_series=5)

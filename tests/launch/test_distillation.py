@@ -16,7 +16,7 @@ from launch.candidates import Retriever
 from launch.distillation import compare
 from launch.loading import load_model, load_run, read_and_split
 from launch.setting import Setting
-from tests.launch.conftest import forget_accelerator
+from tests.conftest import forget_accelerator
 
 FLAGS = (
     "--model dllm2rec-sasrec --data.source sample --data.sample_users 60 --data.sample_series 40 "

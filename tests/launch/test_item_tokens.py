@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch import export, train
 from launch.item_tokens import item_token
 from launch.loading import histories_as_split, load_run
-from tests.launch.conftest import forget_accelerator
+from tests.conftest import forget_accelerator
 
 FLAGS = (
     "--model e4srec --data.source sample --data.sample_users 60 --data.sample_series 40 --train.trackers [] "

@@ -11,7 +11,8 @@ from accelerate import PartialState
 from data.splits import Split
 from launch import label, train
 from launch.loading import load_run, read_data_of
-from tests.launch.conftest import FLAGS, forget_accelerator
+from tests.conftest import forget_accelerator
+from tests.launch.conftest import FLAGS
 
 DATA = FLAGS[2 : FLAGS.index("--method.window")]
 RERANKER = (

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from launch import evaluate, export, recommend, train
 from launch.loading import load_run
 from models.backbone import causal_model, is_causal
-from tests.launch.conftest import forget_accelerator
+from tests.conftest import forget_accelerator
 
 DATA = "--data.source sample --data.sample_users 60 --data.sample_series 40".split()
 SHAPE = "--backbone.tiny.hidden_size 32 --backbone.tiny.layers 2 --backbone.tiny.heads 2".split()

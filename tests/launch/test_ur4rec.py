@@ -9,7 +9,8 @@ import torch
 from launch import describe, evaluate, recommend, train
 from launch.loading import load_run
 from models.ur4rec.reranking import UR4Rec, UR4RecPretrain
-from tests.launch.conftest import FLAGS, forget_accelerator
+from tests.conftest import forget_accelerator
+from tests.launch.conftest import FLAGS
 
 DATA = FLAGS[2 : FLAGS.index("--method.window")]
 TRAIN = "--train.trackers [] --train.precision fp32 --train.batch_size 16 --train.lr 0.01 --method.cuts 6".split()

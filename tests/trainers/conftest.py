@@ -1,6 +1,6 @@
 """A trainer over a few numbers: the real loop, loader, checkpoints and runtime around a model of one weight table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from data.batches import SequenceBatch
@@ -95,15 +94,7 @@ class Setup:
 
 
 @pytest.fixture
-def fresh_state() -> Iterator[None]:
-    """Accelerate's shared state, as at the start of a process, before and after the test."""
-    _reset()
-    yield
-    _reset()
-
-
-@pytest.fixture
-def runtime(fresh_state: None) -> Runtime:
+def runtime() -> Runtime:
     """One process, float32."""
     return Runtime("fp32")
 
@@ -111,11 +102,6 @@ def runtime(fresh_state: None) -> Runtime:
 @pytest.fixture
 def setup(runtime: Runtime, tmp_path: Path) -> Setup:
     return Setup(runtime, tmp_path)
-
-
-def _reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def weights(model: nn.Module) -> Tensor:

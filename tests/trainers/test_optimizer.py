@@ -181,7 +181,7 @@ def test_moments_of_eight_bits_come_back_from_a_checkpoint() -> None:
     assert torch.equal(first.weight, second.weight)
 
 
-def test_loaded_moments_of_a_paged_optimizer_go_back_to_pages(monkeypatch: pytest.MonkeyPatch, fresh_state) -> None:
+def test_loaded_moments_of_a_paged_optimizer_go_back_to_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where Accelerate has wrapped it, as in every run."""
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters())

@@ -38,7 +38,7 @@ def test_under_deepspeed_auto_is_never_fp16(monkeypatch) -> None:
     assert best_precision(CUDA, uses_deepspeed=True) == "fp32"
 
 
-def test_a_launch_on_the_cpu_leaves_an_accelerator_alone(monkeypatch, fresh_state) -> None:
+def test_a_launch_on_the_cpu_leaves_an_accelerator_alone(monkeypatch) -> None:
     """As launch/accelerate/cpu.yaml asks for."""
     asked: list[bool] = []
     partial_state = runtime_module.PartialState
@@ -63,7 +63,7 @@ class Product(nn.Module):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_reaches_the_model(fresh_state, precision: str, dtype: torch.dtype) -> None:
+def test_precision_reaches_the_model(precision: str, dtype: torch.dtype) -> None:
     own = Runtime(precision)
     model = Product()
     prepared, _ = own.prepare(model, torch.optim.SGD(model.parameters()))
@@ -73,7 +73,7 @@ def test_precision_reaches_the_model(fresh_state, precision: str, dtype: torch.d
     assert model.layer.weight.dtype == torch.float32, "weights and optimizer stay in float32"
 
 
-def test_parts_are_clipped_each_to_its_own_norm(fresh_state) -> None:
+def test_parts_are_clipped_each_to_its_own_norm() -> None:
     model = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("tower", "head", "free", "rest")})
     config = TrainConfig(max_grad_norm=2.0, max_grad_norms={"tower": 0.5, "head": 50.0, "free": 0.0})
     own = Runtime("fp32")
@@ -88,7 +88,7 @@ def test_parts_are_clipped_each_to_its_own_norm(fresh_state) -> None:
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, 8), (2, 4), (3, 2), (99, 1)])
-def test_processes_share_the_cores(monkeypatch, fresh_state, processes: int, threads: int) -> None:
+def test_processes_share_the_cores(monkeypatch, processes: int, threads: int) -> None:
     """`accelerate launch` leaves one thread a process on CPU, whatever the machine has."""
     used: list[int] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
@@ -99,7 +99,7 @@ def test_processes_share_the_cores(monkeypatch, fresh_state, processes: int, thr
     assert used == [threads]
 
 
-def test_without_a_launcher_threads_stay_as_they_are(monkeypatch, fresh_state) -> None:
+def test_without_a_launcher_threads_stay_as_they_are(monkeypatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("threads were changed"))
     Runtime("fp32")
 
@@ -108,21 +108,21 @@ def test_small_numbers_come_to_the_host() -> None:
     assert HostCopy(torch.tensor([3, 0, 2])).read() == [3, 0, 2]
 
 
-def test_a_process_that_was_to_be_one_of_several_does_not_train_alone(monkeypatch, fresh_state) -> None:
+def test_a_process_that_was_to_be_one_of_several_does_not_train_alone(monkeypatch) -> None:
     """As when several hosts are launched without deepspeed_multinode_launcher: standard."""
     monkeypatch.setenv("SHARDREC_WORLD_SIZE", "16")
     with pytest.raises(RuntimeError, match=r"16 processes were asked for, but 1 joined.*multinode_launcher: standard"):
         Runtime("fp32")
 
 
-def test_the_deepspeed_launcher_must_name_a_configuration(monkeypatch, fresh_state) -> None:
+def test_the_deepspeed_launcher_must_name_a_configuration(monkeypatch) -> None:
     """It is called for ZeRO, and would give DDP."""
     monkeypatch.setenv("CROSS_SIZE", "2")
     with pytest.raises(RuntimeError, match="export ACCELERATE_USE_DEEPSPEED=true and ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         Runtime("fp32")
 
 
-def test_a_configuration_that_turns_deepspeed_off_is_refused(monkeypatch, fresh_state) -> None:
+def test_a_configuration_that_turns_deepspeed_off_is_refused(monkeypatch) -> None:
     """With use_cpu in its configuration, Accelerate would run plain DDP without a word."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)

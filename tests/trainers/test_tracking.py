@@ -45,7 +45,7 @@ def test_a_line_that_was_cut_off_is_dropped(runtime: Runtime, tmp_path: Path, to
     assert [json.loads(text)["step"] for text in lines] == [2, 21]
 
 
-def test_trackers_get_every_number(fresh_state: None, tmp_path: Path) -> None:
+def test_trackers_get_every_number(tmp_path: Path) -> None:
     own = Runtime("fp32", ["tensorboard"], tmp_path)
     tracking = Tracking(own, tmp_path, 10, {"train": {"lr": 0.1}, "names": ["a"]}, Progress())
     for step, loss in ((1, 0.75), (2, 0.5)):
