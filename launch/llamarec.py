@@ -52,7 +52,10 @@ def build_llamarec(setting: Setting) -> Built:
     titles = shown_titles(tokenizer, setting.catalog, prompts)
     identifiers = None if config.scoring == "dot" else choose_identifiers(tokenizer, config)
     encoder = RankingEncoder(tokenizer, titles, prompts.history_length, identifiers)
-    backbone = load_backbone(setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True)
+    has_head = config.scoring == "identifiers"
+    backbone = load_backbone(
+        setting.backbone, tokenizer, seed=setting.seed, device="cpu", trainable=True, head=has_head
+    )
     table = item_table(config, backbone, tokenizer, titles, stage) if config.scoring == "dot" else None
     letters = None if identifiers is None else identifiers.token_ids
     alone = encoded_alone(tokenizer, identifiers.labels) if identifiers and config.verbalizer == "published" else None

@@ -44,7 +44,7 @@ class LlamaRecConfig:
     letter and of the end of the text behind it."""
     scoring: Literal["identifiers", "dot"] = "identifiers"
     """identifiers: candidates are listed in the prompt, and the logits of their identifiers score them. dot: they are
-    not, and each is scored by the cosine of its vector with the state behind the history."""
+    not, and each is scored by the cosine of its vector with the state behind the history; any encoder may read it."""
     identifiers: Literal["auto", "letters", "vectors"] = "auto"
     """letters: A to Z, as published. vectors: a learned vector a place, for more than 26 candidates or where the
     tokenizer has no token for a letter alone. auto: letters where that can be."""
@@ -92,7 +92,8 @@ class LlamaRec(Recommender):
     ) -> None:
         """`identifier_ids` [K] are letters' tokens behind a prompt; None makes identifiers vectors.
 
-        `read_ids` [K] are tokens to read instead of them. `item_table` [N + 1, D] is for scoring dot.
+        `read_ids` [K] are tokens to read instead of them. `item_table` [N + 1, D] is for scoring dot, whose backbone
+        has no head.
         """
         super().__init__()
         self.config, self.backbone, self.num_items, self.end_id = config, backbone, num_items, end_id
@@ -106,15 +107,17 @@ class LlamaRec(Recommender):
             self.head = LetterHead(identifier_ids if read_ids is None else read_ids, identifier_ids)
         else:
             self.head = VectorHead(backbone, config.prompts.num_candidates)
-        if not isinstance(self.head, LetterHead):  # then nothing reads the vocabulary's head, if it has its own weight
+            # nothing reads the vocabulary's head, if it has its own weight
             tokens, vocabulary = causal_model(backbone).get_input_embeddings().weight, decoder_of(backbone).weight
             vocabulary.requires_grad_(vocabulary is tokens and vocabulary.requires_grad)
 
     def loss(self, batch: RankingBatch) -> Loss:  # type: ignore[override]
         assert batch.answers is not None
         decoder = decoder_of(self.backbone)
-        # Pads stand on the right, where a causal model never sees them.
-        states_LH = decoder.body(**self.inputs(batch), use_cache=False).last_hidden_state.flatten(0, 1)
+        # Pads stand on the right, where a causal model never sees them; what reads for a dot product may see both ways.
+        mask = batch.attention_mask if isinstance(self.head, ItemHead) else None
+        states_LH = decoder.body(**self.inputs(batch), attention_mask=mask, use_cache=False).last_hidden_state
+        states_LH = states_LH.flatten(0, 1)
         states_BH = states_LH.index_select(0, batch.ends)
         if self.config.objective == "published":
             behind_BH = states_LH.index_select(0, batch.ends + 1)  # the letter stands there

@@ -44,16 +44,18 @@ class BIGRecSkeleton(BIGRec):
 
 def llamarec(config: LlamaRecConfig, base: BackboneConfig | None, num_items: int) -> Skeleton:
     assert base is not None
-    backbone = backbone_skeleton(base)
+    backbone = backbone_skeleton(base, head=config.scoring == "identifiers")
     model = llamarec_skeleton(config, backbone, num_items).train()
     count, learns_text = config.prompts.num_candidates, config.objective == "published"
 
     def batch(rows: int, length: int) -> RankingBatch:
         ids = torch.ones(rows, length, dtype=torch.int64)
         candidates = torch.ones(rows, count, dtype=torch.int64)
+        mask = ids.clone()
+        mask[:, -1] = 0  # rows are padded: a mask of ones would not be kept
         ends = torch.arange(1, rows + 1) * length - 2  # an answer's token may follow
         return RankingBatch(
-            *(ids, ids.clone(), ends, candidates, candidates.clone()),
+            *(ids, mask, ends, candidates, candidates.clone()),
             index_slots=torch.arange(rows * count) if isinstance(model.head, VectorHead) else None,
             answers=torch.zeros(rows, dtype=torch.int64),
             count=rows * (2 if learns_text else 1),

@@ -72,6 +72,8 @@ def real_model(config: RunConfig) -> Recommender:
         backbone = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     else:
         backbone = load_backbone(config.backbone, None, seed=0, device="cpu", trainable=True)
+    if getattr(config.method, "scoring", None) == "dot":
+        backbone = backbone.base_model
     if isinstance(config.method, LLaRAConfig):
         return llara_skeleton(config.method, backbone, ITEMS, device="cpu").train()
     if isinstance(config.method, LlamaRecConfig):

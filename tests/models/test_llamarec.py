@@ -47,14 +47,15 @@ class Parts:
     def encoder(self, identifiers: Identifiers | None) -> RankingEncoder:
         return RankingEncoder(self.tokenizer, self.titles, self.settings.history_length, identifiers)
 
-    def model(self, identifiers: Identifiers | None = None, checkpointing: bool = False, **settings: Any) -> LlamaRec:
-        """A model in float64 with random weights, not in training."""
+    def model(self, identifiers: Identifiers | None = None, backbone: Any = None, **settings: Any) -> LlamaRec:
+        """A model in float64 with random weights, not in training; `backbone` holds settings of it."""
         backbone = load_backbone(
-            BackboneConfig(tiny=TinyConfig(hidden_size=32, layers=2), gradient_checkpointing=checkpointing),
+            BackboneConfig(tiny=TinyConfig(hidden_size=32, layers=2), **(backbone or {})),
             self.tokenizer,
             seed=0,
             device="cpu",
             trainable=True,
+            head=settings.get("scoring") != "dot",
         )
         torch.manual_seed(0)
         for parameter in backbone.parameters():
@@ -227,28 +228,35 @@ def test_vectors_stand_for_letters_in_prompt_and_answer(parts: Parts) -> None:
         assert (vectors_of.grad.abs().sum(1) > 0).all(), "every identifier is learned"
 
 
-def test_dot_scores_are_scaled_cosines_with_a_candidates_own_vector(parts: Parts) -> None:
-    model, batch = parts.model(scoring="dot"), parts.training(None)
+@pytest.mark.parametrize("causal", [True, False])
+def test_dot_scores_are_scaled_cosines_with_a_candidates_own_vector(parts: Parts, causal: bool) -> None:
+    """Whether or not a state sees what follows it: pads on either side are never seen."""
+    model, batch = parts.model(scoring="dot", backbone={"causal": causal}), parts.training(None)
     assert isinstance(model.head, ItemHead)
     assert batch.answers is not None
-    causal, expected = causal_model(model.backbone), []
-    for ids, mask, candidates in zip(batch.input_ids, batch.attention_mask, batch.candidates, strict=True):
-        assert "Candidate pool" not in parts.tokenizer.decode(ids)
-        state = causal.base_model(input_ids=ids[mask.bool()][None]).last_hidden_state[0, -1]
-        expected.append(20 * F.cosine_similarity(model.head.projection(state)[None], model.head.table[candidates]))
-    total = F.cross_entropy(torch.stack(expected), batch.answers, reduction="sum")
+
+    def expected(batch: RankingBatch) -> Tensor:
+        rows = []
+        for ids, mask, candidates in zip(batch.input_ids, batch.attention_mask, batch.candidates, strict=True):
+            assert "Candidate pool" not in parts.tokenizer.decode(ids)
+            state = causal_model(model.backbone)(input_ids=ids[mask.bool()][None]).last_hidden_state[0, -1]
+            rows.append(20 * F.cosine_similarity(model.head.projection(state)[None], model.head.table[candidates]))
+        return torch.stack(rows)
+
+    total = F.cross_entropy(expected(batch), batch.answers, reduction="sum")
     torch.testing.assert_close(model(batch).total, total.float(), rtol=1e-5, atol=1e-5)
+    asked = parts.evaluation(None)
+    assert not asked.attention_mask.all(), "no row is padded"
+    torch.testing.assert_close(model.candidate_scores(asked), expected(asked).float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scoring", ["identifiers", "dot"])
-def test_a_head_of_its_own_that_nothing_reads_is_not_trained(parts: Parts, scoring: Any) -> None:
+def test_a_head_of_its_own_that_nothing_reads_is_not_trained(parts: Parts) -> None:
     """DDP waits for a gradient of every trained weight."""
-    vectors = None if scoring == "dot" else Identifiers(tuple(map(str, range(1, K + 1))), None)
+    vectors = Identifiers(tuple(map(str, range(1, K + 1))), None)
     shape = llama_config(TinyConfig(hidden_size=32, layers=1), len(parts.tokenizer))
     shape.tie_word_embeddings = False
-    config = LlamaRecConfig(prompts=parts.settings, scoring=scoring)
-    table = torch.randn(parts.split.num_items + 1, 8)
-    model = LlamaRec(config, LlamaForCausalLM(shape), parts.split.num_items, None, item_table=table)
+    config = LlamaRecConfig(prompts=parts.settings)
+    model = LlamaRec(config, LlamaForCausalLM(shape), parts.split.num_items, None)
     model(parts.training(vectors)).total.backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
@@ -258,7 +266,7 @@ def test_a_head_of_its_own_that_nothing_reads_is_not_trained(parts: Parts, scori
 def test_checkpointing_changes_no_gradient(parts: Parts) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = parts.model(checkpointing=checkpointing).train()
+        model = parts.model(backbone={"gradient_checkpointing": checkpointing}).train()
         model(parts.training(parts.letters)).total.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, plain in gradients[0].items():

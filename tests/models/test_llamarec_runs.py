@@ -80,7 +80,7 @@ def test_fusion_with_the_chosen_weight_is_no_worse_on_validation(tmp_path: Path,
     "flags",
     [
         ["--method.identifiers=vectors", "--method.prompts.num_candidates=28"],
-        ["--method.scoring=dot", "--method.item_vectors=retriever"],
+        ["--method.scoring=dot", "--method.item_vectors=retriever", "--backbone.causal=false"],
         ["--method.objective=published", "--method.verbalizer=published", "--method.prompts.truncation=left"],
     ],
     ids=["vectors", "dot", "published"],
