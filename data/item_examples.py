@@ -48,8 +48,8 @@ class TrainingItemPrompts:
         )
         if self.negatives is None:
             return batch
-        items, log_q = self.negatives.draw(int(indices[0]), epoch)
-        return replace(batch, negatives=torch.from_numpy(items), log_q=torch.from_numpy(log_q))
+        items, log_expected = self.negatives.draw(int(indices[0]), epoch)
+        return replace(batch, negatives=torch.from_numpy(items), log_expected=torch.from_numpy(log_expected))
 
     def _label_positions(
         self, spans: np.ndarray, batch: ItemPromptBatch, item_ends: np.ndarray

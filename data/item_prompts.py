@@ -68,7 +68,7 @@ class ItemPromptBatch:
     targets: Tensor | None = None  # [T] int64, training only: the items to be read there
     prefix_ids: Tensor | None = None  # [P] int64: tokens that all rows begin with, left out of `input_ids`
     negatives: Tensor | None = None  # [K] int64, shared by all labels
-    log_q: Tensor | None = None  # [K] float32: log-probability with which each was drawn
+    log_expected: Tensor | None = None  # [K] float32: log of how often K draws are expected to bring each
     row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
     history: SequenceBatch | None = None  # the same items, for models that also hold an ID recommender
     count: int = 0

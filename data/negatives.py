@@ -46,20 +46,22 @@ class UniformNegatives:
 class SharedNegatives:
     """Draws the same negatives for all labels of a batch, with replacement, by how often items occur in training.
 
-    An item's probability is proportional to its count to the power of `alpha`: 0 is uniform, 1 popularity. It comes
-    with the draw, so that a sampled softmax can be corrected for it (logQ).
+    An item's probability is proportional to its count to the power of `alpha`: 0 is uniform, 1 popularity. Cold items
+    are not there yet, so they are never drawn. How often an item is expected comes with the draw, so that a sampled
+    softmax can be corrected for it (logQ).
     """
 
     def __init__(self, split: Split, count: int, alpha: float, seed: int) -> None:
         self.count, self.seed = count, seed
         weights = np.maximum(split.item_counts()[1:], 1).astype(np.float64) ** alpha
+        weights[split.cold_items - 1] = 0
         self.probability = weights / weights.sum()
         self.cumulative = np.cumsum(self.probability)
 
     def draw(self, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return items [K] int64 and log q [K] float32, a function of (seed, epoch, example)."""
+        """Return items [K] int64 and log(K q) [K] float32, a function of (seed, epoch, example)."""
         random = np.random.default_rng((self.seed, epoch, example))
         drawn = np.minimum(
             np.searchsorted(self.cumulative, random.random(self.count), "right"), len(self.cumulative) - 1
         )
-        return drawn + 1, np.log(self.probability[drawn]).astype(np.float32)
+        return drawn + 1, np.log(self.count * self.probability[drawn]).astype(np.float32)

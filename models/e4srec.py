@@ -93,8 +93,8 @@ class ItemReader(Recommender):
         assert batch.targets is not None
         if batch.negatives is None:
             return self.output.loss(states_TH, batch.targets, with_padding=self.with_padding)
-        assert batch.log_q is not None
-        return self.output.sampled_loss(states_TH, batch.targets, batch.negatives, batch.log_q)
+        assert batch.log_expected is not None
+        return self.output.sampled_loss(states_TH, batch.targets, batch.negatives, batch.log_expected)
 
     def read(self, batch: ItemPromptBatch) -> Tensor:
         """Return the states at the labelled slots, [T, H]."""

@@ -188,14 +188,18 @@ class ItemMatcher(nn.Module):
         query, table = self.operands(states_TH, slice(first, None))
         return losses.full_cross_entropy(query, table, target_T - first)
 
-    def sampled_loss(self, states_TH: Tensor, target_T: Tensor, negative_K: Tensor, log_q_K: Tensor) -> Tensor:
-        """Return the summed softmax loss over target and shared negatives, corrected for how they were drawn."""
+    def sampled_loss(self, states_TH: Tensor, target_T: Tensor, negative_K: Tensor, log_expected_K: Tensor) -> Tensor:
+        """Return the summed softmax loss over target and shared negatives, corrected for how they were drawn.
+
+        `log_expected_K` is the log of how often all draws together are expected to bring each: divided by it, the
+        negatives' sum of exponentials estimates the one over the catalogue without bias, and so with its size.
+        """
         items = torch.cat([target_T, negative_K])
         query, vectors = self.operands(states_TH, items)
         positive, negative = vectors.split([len(target_T), len(negative_K)])
         hits = negative_K == target_T[:, None]
         products = (query * positive).sum(-1), query @ negative.T
-        return losses.sampled_cross_entropy(*products, hits, log_q_K)
+        return losses.sampled_cross_entropy(*products, hits, log_expected_K)
 
     def forward(self, states_BH: Tensor) -> Tensor:
         """Return scores [B, N + 1] float32."""

@@ -161,9 +161,10 @@ def sampled_cross_entropy(
 ) -> Tensor:
     """Sum of -s+ + logsumexp(s+, s-_1 .. s-_K).
 
-    `hits_TK` marks negatives that equal the positive: they leave the sum. `log_q_TK` is the log-probability with
-    which each negative was drawn (logQ correction); the positive was not drawn, so it is corrected only where
-    `log_q_positive_T` is given, as some published code does.
+    `hits_TK` marks negatives that equal the positive: they leave the sum. `log_q_TK` is the log of how often each
+    negative was expected (logQ correction; without the number of draws in it, as in some published code, negatives
+    weigh as many times too much); the positive was not drawn, so it is corrected only where `log_q_positive_T` is
+    given, as some published code does.
     """
     positive = positive_T.to(_accumulation_dtype(positive_T))
     negative = negative_TK.to(positive.dtype)

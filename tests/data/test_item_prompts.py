@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data.cold_items import with_cold_items
 from data.config import DataConfig
 from data.item_examples import EvaluationItemPrompts, TrainingItemPrompts
 from data.item_prompts import ItemPromptLayout, ItemPromptSettings
@@ -129,14 +130,30 @@ def test_settings_that_do_not_go_together_name_a_flag(sample, tokenizer, setting
 def test_shared_negatives_come_as_often_as_they_say(sample):
     _, parts = sample
     negatives = SharedNegatives(parts, 20_000, alpha=0.5, seed=1)
-    items, log_q = negatives.draw(example=3, epoch=2)
+    items, log_expected = negatives.draw(example=3, epoch=2)
     again, _ = negatives.draw(example=3, epoch=2)
     assert np.array_equal(items, again)
     assert not np.array_equal(items, negatives.draw(example=4, epoch=2)[0])
     share = np.bincount(items, minlength=parts.num_items + 1) / len(items)
     q = np.zeros(parts.num_items + 1)
-    q[items] = np.exp(log_q)
+    q[items] = np.exp(log_expected) / 20_000
     assert np.isclose(q.sum(), 1, atol=0.02)
     assert np.abs(share - q).max() < 5e-3
     counts = parts.item_counts()
     assert np.isclose(q[items[0]] / q[items[1]], np.sqrt(max(counts[items[0]], 1) / max(counts[items[1]], 1)))
+
+
+def test_shared_negatives_are_never_cold(sample):
+    catalog, parts = sample
+    cold = with_cold_items(parts, catalog, 0.2, seed=0)
+    items, _ = SharedNegatives(cold, 20_000, alpha=0.0, seed=1).draw(example=0, epoch=0)
+    assert len(cold.cold_items)
+    assert set(items) == set(range(1, parts.num_items + 1)) - set(cold.cold_items)
+
+
+def test_shared_negatives_estimate_the_sum_over_the_catalogue(sample):
+    _, parts = sample
+    values = np.random.default_rng(0).exponential(size=parts.num_items + 1)
+    draws = [SharedNegatives(parts, 64, alpha=0.5, seed=1).draw(example, epoch=0) for example in range(500)]
+    estimates = [(values[items] / np.exp(log_expected)).sum() for items, log_expected in draws]
+    assert np.mean(estimates) == pytest.approx(values[1:].sum(), rel=4 * np.std(estimates) / values.sum() / 500**0.5)
