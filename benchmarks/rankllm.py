@@ -41,7 +41,7 @@ from evaluation.metrics import per_user_metrics
 from evaluation.protocols import draw_candidates
 from models.backbone import TINY, BackboneConfig, load_backbone, load_tokenizer
 from models.rankllm import Mode, RankLLM, RankLLMConfig
-from models.tiny import TinyConfig, vocabulary_text
+from models.tiny import LONG_PROMPTS, TinyConfig, vocabulary_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "rankllm.json"
@@ -77,7 +77,7 @@ def make_model(backbone: str, titles: list[str], parts: Split) -> RankLLM:
     config = RankLLMConfig(num_candidates=CANDIDATES, max_failures=1.0, prompts=SETTINGS)
     shape = BackboneConfig(name=backbone, adapter="none", tiny=TinyConfig(hidden_size=64, layers=2))
     texts = [*rank_template(SETTINGS.template).messages("", titles[1:21]), ONE_HISTORY, ONE_CANDIDATE, ONE_QUESTION]
-    tokenizer = load_tokenizer(shape, vocabulary_text(titles, parts.item_counts(), texts))
+    tokenizer = load_tokenizer(shape, vocabulary_text(titles, parts.item_counts(), texts, LONG_PROMPTS))
     model = load_backbone(shape, tokenizer, seed=0, device="cpu", trainable=True)
     return RankLLM(config, model, ListwiseEncoder(tokenizer, titles, SETTINGS), seed=0)
 

@@ -27,7 +27,7 @@ from models.item_embeddings import mean_token_embeddings
 from models.llamarec import LlamaRec, LlamaRecConfig
 from models.pretrained import load_saved_tokenizer
 from models.sequence_recommender import SequenceRecommender
-from models.tiny import vocabulary_text
+from models.tiny import LONG_PROMPTS, vocabulary_text
 
 from .candidates import FirstStage, Retriever
 from .setting import Built, CannotRank, Reranking, Setting
@@ -116,7 +116,8 @@ def tokenizer_of(setting: Setting, config: LlamaRecConfig) -> PreTrainedTokenize
     history = shown[1 : 1 + config.prompts.history_length]
     offered = list(zip(LETTERS, shown[1 : 1 + config.prompts.num_candidates], strict=False))
     example = ranking_prompt(history, None if config.scoring == "dot" else offered)
-    return load_tokenizer(setting.backbone, vocabulary_text(shown, setting.split.item_counts(), [example]))
+    learned = vocabulary_text(shown, setting.split.item_counts(), [example], LONG_PROMPTS)
+    return load_tokenizer(setting.backbone, learned)
 
 
 def choose_identifiers(tokenizer: PreTrainedTokenizerFast, config: LlamaRecConfig) -> Identifiers:

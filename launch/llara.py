@@ -16,7 +16,7 @@ from models.llara import ILoRA, ILoRAConfig, LLaRA, LLaRAConfig
 from models.pretrained import load_saved_tokenizer
 from models.sasrec_llara import SASRecLLaRA, read_sasrec_llara
 from models.sequence_recommender import SequenceRecommender
-from models.tiny import vocabulary_text
+from models.tiny import LONG_PROMPTS, vocabulary_text
 
 from .earlier_runs import require_run
 from .setting import Built, Setting
@@ -54,7 +54,8 @@ def tokenizer_of(setting: Setting, config: LLaRAConfig) -> PreTrainedTokenizerFa
     titles, domain = title_texts(setting.catalog), texts_of_domain(config.prompts.domain)
     shown = titles[1:3]
     texts = [domain.prompt(text, shown, shown, config.prompts.mode) for text in range(len(domain.texts))]
-    return load_tokenizer(setting.backbone, vocabulary_text(titles, setting.split.item_counts(), texts))
+    learned = vocabulary_text(titles, setting.split.item_counts(), texts, LONG_PROMPTS)
+    return load_tokenizer(setting.backbone, learned)
 
 
 def inner_sasrec(setting: Setting, path: Path | None, flag: str, shown: int) -> SequenceRecommender | None:

@@ -21,7 +21,7 @@ from models.backbone import load_backbone, load_tokenizer
 from models.devices import gather_object
 from models.pretrained import load_saved_tokenizer
 from models.rankllm import RankLLM, RankLLMConfig
-from models.tiny import vocabulary_text
+from models.tiny import LONG_PROMPTS, vocabulary_text
 
 from .candidates import FirstStage, Retriever
 from .setting import Built, Reranking, Setting
@@ -88,4 +88,5 @@ def tokenizer_of(setting: Setting, config: RankLLMConfig) -> PreTrainedTokenizer
     titles, template = title_texts(setting.catalog), rank_template(config.prompts.template)
     prompt = template.messages(template.joiner.join(titles[1:3]), titles[1 : 1 + config.shown])
     texts = ["\n".join(prompt), ONE_HISTORY, ONE_CANDIDATE, ONE_QUESTION]
-    return load_tokenizer(setting.backbone, vocabulary_text(titles, setting.split.item_counts(), texts))
+    learned = vocabulary_text(titles, setting.split.item_counts(), texts, LONG_PROMPTS)
+    return load_tokenizer(setting.backbone, learned)

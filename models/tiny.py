@@ -42,13 +42,20 @@ class TinyConfig:
             )
 
 
-def vocabulary_text(titles: Sequence[str], counts: np.ndarray, prompts: Iterable[str] = ()) -> list[str]:
-    """What the tokenizer learns from: prompts once, each title 1 + log2(1 + its training events) times.
+# How often the texts of methods with long ones count: enough to make their words tokens beside thousands of titles,
+# which halves prompts and leaves titles as they are (tests/models/test_backbone.py).
+LONG_PROMPTS = 30
+
+
+def vocabulary_text(
+    titles: Sequence[str], counts: np.ndarray, prompts: Iterable[str] = (), prompt_count: int = 1
+) -> list[str]:
+    """What the tokenizer learns from: prompts `prompt_count` times, each title 1 + log2(1 + its training events) times.
 
     `counts[i]` belongs to `titles[i]`; empty titles (the padding item) are left out. The logarithm lets the
     words of rare titles become tokens too.
     """
-    text = list(prompts)
+    text = list(prompts) * prompt_count
     for title, count in zip(titles, counts, strict=True):
         if title:
             text += [title] * (1 + int(math.log2(1 + count)))

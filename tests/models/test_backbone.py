@@ -15,8 +15,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from data.config import DataConfig
+from data.prompts import title_texts
+from data.ranking_prompts import ranking_prompt
+from data.sources import read
 from models.backbone import Backbone, BackboneConfig, causal_model, describe, is_causal, load_backbone, load_tokenizer
-from models.tiny import TinyConfig, vocabulary_text
+from models.tiny import LONG_PROMPTS, TinyConfig, vocabulary_text
 
 TITLES = [
     "",
@@ -83,6 +87,20 @@ def test_real_titles_are_few_tokens_and_the_same_ones_in_a_prompt(data_root: Pat
 
 def _contains(ids: list[int], part: list[int]) -> bool:
     return any(ids[start : start + len(part)] == part for start in range(len(ids)))
+
+
+def test_long_prompts_become_words_and_titles_stay_as_they_are(data_root: Path) -> None:
+    """LlamaRec's instruction, numbers and headings around ten real titles."""
+    catalog = read(DataConfig(source="ml-100k", root=data_root)).catalog
+    titles, prompt = title_texts(catalog), ranking_prompt(title_texts(catalog)[1:11], None)
+    learned = [vocabulary_text(titles, np.full(len(titles), 100), [prompt], count) for count in (1, LONG_PROMPTS)]
+    once, often = (load_tokenizer(BackboneConfig(), text) for text in learned)
+
+    def length(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> int:
+        return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    assert length(often, [prompt]) < 0.6 * length(once, [prompt])
+    assert length(often, titles) < 1.01 * length(once, titles)
 
 
 def test_what_joins_titles_in_a_prompt_never_becomes_part_of_them() -> None:
