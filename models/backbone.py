@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerFast
 
+from .attention import attention_of_transformers
 from .dropout import LinearOfDropped, quicken
 from .moe_lora import add_moe_lora, find_gate
 from .pretrained import freeze_quantised, load_pretrained, load_saved_tokenizer, set_causal, set_dropout
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Backbone: TypeAlias = "PreTrainedModel | PeftModel"
 TINY = "tiny"
+
+AttentionInterface.register("sdpa", attention_of_transformers)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data.batches import SequenceBatch
 
+from .attention import attention
 from .dropout import dropout
 from .sequence_recommender import SequenceConfig, SequenceRecommender
 
@@ -79,7 +80,7 @@ class SASRecBlock(nn.Module):
             key, value = F.linear(x_BLH, weight[hidden:], bias[hidden:]).chunk(2, dim=-1)
         query, key, value = (t.view(batch, length, self.num_heads, -1).transpose(1, 2) for t in (query, key, value))
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        mixed = attention(query, key, value, is_causal=True, dropout_p=dropout)
         return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, hidden))
 
     def _feed_forward(self, x_BLH: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention import attention
 from ..dropout import dropout
 
 
@@ -23,7 +24,7 @@ class Attend(nn.Module):
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(query), key, value)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        mixed = attention(query, key, value, allowed)
         return x_BQD + dropout(self.out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 

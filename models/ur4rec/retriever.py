@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention import attention
 from ..dropout import Dropout
 from .co_attention import CoAttention
 from .memory import MemoryGate
@@ -86,7 +87,7 @@ class Expert(nn.Module):
         real = F.pad(context.real, (1, 0), value=True)[:, None, None]  # [R, 1, 1, S + 1]
         key, value = (split_heads(part, self.num_heads) for part in self.key_value(slots).chunk(2, dim=-1))
         query = split_heads(self.query(query_RnD), self.num_heads).expand(rows, -1, -1, -1)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=real)
+        mixed = attention(query, key, value, real)
         x = query_RnD + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.feed_forward(x) if self.residual else self.feed_forward(x)
 
