@@ -29,7 +29,7 @@ from benchmarks.document import hardware, write_section
 EVENTS, ITEMS, EVENTS_A_USER = (200_000, 2_000_000, 20_000_000), 27_000, 145
 COMMAND = "benchmarks/preparation.py"
 SYLLABLES = "ka lor mi ren sta vel do bri an the por shi gal mon ter wi qua ned fu ols"
-FLAGS = "--model bigrec --method.prompts.mode response --method.prompts.template bigrec-movie".split()
+FLAGS = "--model bigrec --method.prompts.mode response --method.prompts.template dense".split()
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def generate(folder: Path, events: int) -> None:
         "timestamp": (random.integers(10**9, size=users)[:, None] + 60 * place).reshape(-1),
     }
     pyarrow.csv.write_csv(pa.table(ratings), folder / "ratings.csv")
-    words = ["".join(random.choice(SYLLABLES.split(), size)).title() for size in random.integers(1, 4, size=3000)]
+    words = ["".join(random.choice(SYLLABLES.split(), size)).title() for size in random.integers(1, 5, size=20_000)]
     chosen = random.choice(words, (ITEMS, 3))
     titles = [f"{' '.join(row[: 1 + item % 3])} ({1930 + item % 90})" for item, row in enumerate(chosen)]
     movies = {"movieId": np.arange(1, ITEMS + 1), "title": titles, "genres": ["Drama|Comedy"] * ITEMS}
