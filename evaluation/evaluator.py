@@ -37,7 +37,7 @@ class RowBatch(Interface):
 class _Share(NamedTuple):
     """What one batch, one process or all of them measured."""
 
-    counts: np.ndarray  # [B, 4] int64: row, greater, equal, candidates
+    counts: np.ndarray  # [B, 6] int64: row, greater, equal, candidates; greater and equal among cold items alone
     recommendations: np.ndarray  # [B, top_k] int64
     dtypes: frozenset[str]  # of the scores, as the model gave them
 
@@ -109,15 +109,25 @@ class Evaluator:
         allowed_BN = candidate_mask(scores_BN, target_B, on_device(seen_rows), on_device(seen_items), candidates_BC)
         try:
             counts = count_among(scores_BN, target_B, allowed_BN)
+            cold_BN = self._among_cold(allowed_BN, target_B)
+            among_cold = counts if cold_BN is None else count_among(scores_BN, target_B, cold_BN)
         except InvalidScoresError as error:
             users = [self.split.raw_users[user] for user in self.users[rows[error.rows]]]
             raise ValueError(f"NaN or +inf among the scores of users {users}") from error
         top_BK = top_items(scores_BN, allowed_BN, self.top_k)
-        counts_B4 = np.column_stack([rows, torch.stack(counts, dim=1).cpu().numpy()])
-        return _Share(counts_B4, top_BK.cpu().numpy(), frozenset({dtype}))
+        counts_B6 = np.column_stack([rows, torch.stack([*counts, *among_cold[:2]], dim=1).cpu().numpy()])
+        return _Share(counts_B6, top_BK.cpu().numpy(), frozenset({dtype}))
+
+    def _among_cold(self, allowed_BN: Tensor, target_B: Tensor) -> Tensor | None:
+        """Return which cold items compete in each row, and the target; None where all items are no more than that."""
+        if self.candidates is not None or not len(self.split.cold_items):
+            return None
+        is_cold_N = torch.zeros(allowed_BN.shape[1], dtype=torch.bool, device=allowed_BN.device)
+        is_cold_N[torch.from_numpy(self.split.cold_items).to(allowed_BN.device)] = True
+        return (allowed_BN & is_cold_N).scatter_(1, target_B[:, None], True)
 
     def _summarise(self, share: _Share, seconds: float) -> Evaluation:
-        row, greater, equal, candidates = share.counts.T.copy()
+        row, greater, equal, candidates, greater_cold, equal_cold = share.counts.T.copy()
         ranks = Ranks(row, self.users, self.targets, greater, equal, candidates)
         prefix = metric_prefix(self.protocol)
         per_user = {
@@ -136,6 +146,7 @@ class Evaluator:
             "users_evaluated": len(self.users),
             "users_skipped": self.split.num_users - len(self.users),  # too few events to hold one out
             "catalog_size": self.split.num_items,
+            "cold_items": len(self.split.cold_items),
             "protocol": self.protocol,
             "candidates_hash": candidates_hash(self.candidates),
             "mask": self.mask,
@@ -149,15 +160,22 @@ class Evaluator:
         }
         intervals = bootstrap_intervals(per_user, self.seed)
         recommendations, raw_users = share.recommendations, self.split.raw_users
-        slices = self._slices(per_user)
+        slices = self._slices(per_user, per_user_metrics(greater_cold, equal_cold, self.cutoffs, self.ties))
         return Evaluation(metrics, intervals, ranks, recommendations, header, raw_users, self.candidates, slices)
 
-    def _slices(self, per_user: dict[str, np.ndarray]) -> dict[str, Slice]:
-        """Return the metrics of targets that are new items beside those of all others, where there are both."""
+    def _slices(self, per_user: dict[str, np.ndarray], among_cold: dict[str, np.ndarray]) -> dict[str, Slice]:
+        """Return the metrics of targets that are cold items beside those of all others, where there are both.
+
+        Of the whole catalogue cold items are also ranked among each other: who knows that an item is new, and shows new
+        items in a place of their own, asks for that.
+        """
         is_cold = np.isin(self.targets, self.split.cold_items)
+        parts = {"cold": (per_user, is_cold), "warm": (per_user, ~is_cold)}
+        if self.candidates is None:
+            parts["cold-only"] = (among_cold, is_cold)
         slices = {}
-        for name, rows in (("cold", is_cold), ("warm", ~is_cold)):
-            part = {metric: values[rows] for metric, values in per_user.items()}
+        for name, (measured, rows) in parts.items():
+            part = {metric: values[rows] for metric, values in measured.items()}
             if is_cold.any() and rows.any():
                 means = {metric: float(values.mean()) for metric, values in part.items()}
                 slices[name] = Slice(int(rows.sum()), means, bootstrap_intervals(part, self.seed))
@@ -165,7 +183,7 @@ class Evaluator:
 
 
 def _join(shares: Sequence[_Share], top_k: int) -> _Share:
-    nothing = _Share(np.empty((0, 4), np.int64), np.empty((0, top_k), np.int64), frozenset())
+    nothing = _Share(np.empty((0, 6), np.int64), np.empty((0, top_k), np.int64), frozenset())
     counts, recommendations, dtypes = zip(nothing, *shares, strict=True)  # a process may have no batch at all
     return _Share(np.concatenate(counts), np.concatenate(recommendations), frozenset().union(*dtypes))
 

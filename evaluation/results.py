@@ -35,7 +35,7 @@ class Evaluation:
     header: dict[str, Any]  # what makes the figures comparable: split hash, mask, ties, protocol, ...
     raw_users: tuple[str, ...] = field(repr=False)  # [U]
     candidates: np.ndarray | None = field(default=None, repr=False)  # [n, C] item ids; None for the whole catalogue
-    slices: dict[str, Slice] = field(default_factory=dict)  # "cold" and "warm", where the split has cold items
+    slices: dict[str, Slice] = field(default_factory=dict)  # "cold", "warm" and "cold-only", where the split has any
 
     def as_results(self) -> dict[str, Any]:
         """The JSON form that results.json holds: every metric by its name, "intervals", "header" and any "slices"."""

@@ -61,7 +61,11 @@ def all_metrics_table(runs: list[Run]) -> Table:
 
 def slices_table(runs: list[Run], headline: list[str]) -> Table | None:
     """A row a run and kind of target, new items and known ones; None where the split has no new ones."""
-    names = {"cold": "items that training has not seen", "warm": "all other items"}
+    names = {
+        "cold": "items that training has not seen",
+        "warm": "all other items",
+        "cold-only": "items that training has not seen, ranked among each other",
+    }
     rows = [
         [run.name, names[kind], str(part["targets"]), *(_with_interval(part, metric) for metric in headline)]
         for run in runs

@@ -73,7 +73,7 @@ def figures(
     """Return a table of HR, NDCG and MRR beside popularity, all in the form of `Evaluation.as_results`.
 
     Parts of the model that were measured `alone` have a column each, and, where the split has cold items, so have
-    targets that are new and all others.
+    targets that are new, all others, and new ones ranked among each other.
     """
     slices = measured.get("slices", {})
     parts = [f"{name} alone" for name in alone]

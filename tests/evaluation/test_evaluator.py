@@ -154,6 +154,7 @@ def test_header_and_results_are_complete_and_json(sample: Split) -> None:
         "users_evaluated": sample.num_users,
         "users_skipped": 0,
         "catalog_size": sample.num_items,
+        "cold_items": 0,
         "protocol": "full",
         "candidates_hash": None,
         "mask": "train",
@@ -241,5 +242,29 @@ def test_new_items_are_a_slice_of_their_own(sample: Split) -> None:
     assert (cold["HR@10"], warm["HR@10"]) == (0, 1)
     assert results["HR@10"] == pytest.approx(warm["targets"] / len(targets))
     assert warm["intervals"]["HR@10"] == [1, 1]
+    only = results["slices"]["cold-only"]
+    assert only["targets"] == cold["targets"]
+    assert only["HR@10"] == 0, "below the other cold items"
     whole = Evaluator(sample, "test")
     assert "slices" not in whole.run(FixedScores(scores), batches(whole)).as_results()
+
+
+def test_cold_items_are_ranked_among_each_other_too(sample: Split) -> None:
+    """Against each row counted by hand; whatever known items score is without effect."""
+    targets = sample.target_items("test")
+    cold_items = np.unique(targets)[:20]
+    parts = dataclasses.replace(sample, cold_items=cold_items)
+    is_cold = np.isin(targets, cold_items)
+    scores = random_scores(sample)
+    evaluator = Evaluator(parts, "test", mask="none", cutoffs=(3,))
+    found = evaluator.run(FixedScores(scores), batches(evaluator)).slices["cold-only"]
+    rows = np.flatnonzero(is_cold)
+    better = [(scores[row, cold_items] > scores[row, targets[row]]).sum().item() for row in rows]
+    assert found.metrics["HR@3"] == pytest.approx(np.mean(np.array(better) < 3))
+    warm = np.setdiff1d(np.arange(sample.num_items + 1), cold_items)
+    scores[:, warm] += 100
+    again = evaluator.run(FixedScores(scores), batches(evaluator)).slices
+    assert again["cold-only"].metrics == found.metrics
+    assert again["cold"].metrics["HR@3"] == 0
+    sampled = Evaluator(parts, "test", protocol="candidates-20")
+    assert "cold-only" not in sampled.run(FixedScores(scores), batches(sampled)).slices
