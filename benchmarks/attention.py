@@ -29,6 +29,7 @@ from trainers.signals import Stop
 
 COMMAND, REPEATS = "benchmarks/attention.py", 9
 CASES = {  # rows, heads, events or tokens, width of a head; type; dropout
+    "64 texts of 64 tokens, 12 heads of 32": ((64, 12, 64, 32), torch.bfloat16, 0.0),
     "16 prompts of 148 tokens, 4 heads of 32": ((16, 4, 148, 32), torch.bfloat16, 0.0),
     "8 prompts of 190 tokens, 9 heads of 64": ((8, 9, 190, 64), torch.bfloat16, 0.0),
     "128 histories of 200 events, 2 heads of 64": ((128, 2, 200, 64), torch.bfloat16, 0.0),

@@ -49,15 +49,14 @@ def measure(events: int, parent: Path | None) -> dict[str, Any]:
         generate(source, events)
         flags = [*FLAGS, f"--data.source={source}", f"--data.cache={Path(folder) / 'cache'}"]
         began, peak = time.perf_counter(), 0
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / "prepare.py"), *flags], stdout=subprocess.PIPE, text=True
-        )
-        while process.poll() is None:
-            peak = max(peak, own_memory(process.pid))
-            time.sleep(0.05)
+        printed = Path(folder) / "printed"
+        with printed.open("w") as file:
+            process = subprocess.Popen([sys.executable, str(ROOT / "launch" / "prepare.py"), *flags], stdout=file)
+            while process.poll() is None:
+                peak = max(peak, own_memory(process.pid))
+                time.sleep(0.05)
         seconds = time.perf_counter() - began
-        assert process.stdout is not None
-        print(said := process.stdout.read(), flush=True)
+        print(said := printed.read_text(), flush=True)
         if process.returncode:
             sys.exit(f"error: launch/prepare.py ended with {process.returncode}")
         rows = sum(

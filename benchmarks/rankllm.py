@@ -119,7 +119,7 @@ def measure(model: RankLLM, parts: Split, count: int) -> dict[str, Any]:
     """Rank lists of so many candidates in every way, batch by batch; those of 64 users where only the cost counts."""
     candidates = draw_candidates(parts, "test", "candidates-20", seed=0)
     assert candidates is not None
-    candidates, ranked = candidates[:, :count], len(candidates) if count == LEARNED else 64
+    candidates, ranked = candidates[:, :count], len(candidates) if count == LEARNED else min(64, len(candidates))
     listed = shuffled(candidates, Draws.of(0, 0, np.arange(len(candidates))))
     examples = ListedHistories(parts, "test", model.encoder, listed, count)
     seconds: dict[Mode, list[float]] = {way: [] for way in WAYS}

@@ -57,11 +57,10 @@ class SharedNegatives:
         weights[split.cold_items - 1] = 0
         self.probability = weights / weights.sum()
         self.cumulative = np.cumsum(self.probability)
+        self.cumulative /= self.cumulative[-1]  # ends with 1 exactly, already at the last item that may be drawn
 
     def draw(self, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return items [K] int64 and log(K q) [K] float32, a function of (seed, epoch, example)."""
         random = np.random.default_rng((self.seed, epoch, example))
-        drawn = np.minimum(
-            np.searchsorted(self.cumulative, random.random(self.count), "right"), len(self.cumulative) - 1
-        )
+        drawn = np.searchsorted(self.cumulative, random.random(self.count), "right")
         return drawn + 1, np.log(self.count * self.probability[drawn]).astype(np.float32)

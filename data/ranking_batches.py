@@ -25,7 +25,8 @@ ROWS_AT_ONCE = 1024  # of which lengths are computed together
 class RankingBatch:
     """B users with K candidates each, in R = B * P prompts that show them in P orders (training: P = 1).
 
-    Training pads on the right, evaluation on the left. Slots are indices into `input_ids.flatten()`.
+    Training pads on the right, and so does an evaluation of prompts without candidates; any other pads on the left.
+    Slots are indices into `input_ids.flatten()`.
     """
 
     input_ids: Tensor  # [R, L] int64
@@ -189,7 +190,8 @@ class EvaluationRankings(RankingPrompts):
         order_BPK = self._orders(indices, candidates.shape[1])
         shown = np.take_along_axis(candidates[:, None], order_BPK, axis=2).reshape(-1, candidates.shape[1])
         encoded = self.encode(self.rows.take(np.repeat(indices, self.permutations)), shown)
-        padded = Padded.of(encoded, "left")
+        # Encoders count places from the left; behind candidates that a decoder reads, all prompts end together.
+        padded = Padded.of(encoded, "right" if self.encoder.identifiers is None else "left")
         return RankingBatch(
             *padded[:3],
             candidates=torch.from_numpy(candidates),

@@ -109,7 +109,7 @@ class Evaluator:
         allowed_BN = candidate_mask(scores_BN, target_B, on_device(seen_rows), on_device(seen_items), candidates_BC)
         try:
             counts = count_among(scores_BN, target_B, allowed_BN)
-            cold_BN = self._among_cold(allowed_BN, target_B)
+            cold_BN = self._among_cold(allowed_BN, target_B, rows)
             among_cold = counts if cold_BN is None else count_among(scores_BN, target_B, cold_BN)
         except InvalidScoresError as error:
             users = [self.split.raw_users[user] for user in self.users[rows[error.rows]]]
@@ -118,9 +118,9 @@ class Evaluator:
         counts_B6 = np.column_stack([rows, torch.stack([*counts, *among_cold[:2]], dim=1).cpu().numpy()])
         return _Share(counts_B6, top_BK.cpu().numpy(), frozenset({dtype}))
 
-    def _among_cold(self, allowed_BN: Tensor, target_B: Tensor) -> Tensor | None:
-        """Return which cold items compete in each row, and the target; None where all items are no more than that."""
-        if self.candidates is not None or not len(self.split.cold_items):
+    def _among_cold(self, allowed_BN: Tensor, target_B: Tensor, rows: np.ndarray) -> Tensor | None:
+        """Return which cold items compete in each row, and the target; None where no target of these rows is cold."""
+        if self.candidates is not None or not np.isin(self.targets[rows], self.split.cold_items).any():
             return None
         is_cold_N = torch.zeros(allowed_BN.shape[1], dtype=torch.bool, device=allowed_BN.device)
         is_cold_N[torch.from_numpy(self.split.cold_items).to(allowed_BN.device)] = True

@@ -2,8 +2,9 @@
 
 Its fused kernel goes backward in bfloat16 three times as long as in float32, and it has no dropout: with dropout torch
 takes the plain formula, keeps every probability and draws its mask a number at a time. Here the backward pass computes
-the probabilities again, a piece of the batch at a time that fits into a core's cache, by matrix products in the model's
-own type. What is kept is what the fused kernel keeps, and with dropout a byte of mask a probability.
+the probabilities again, some heads of some rows at a time, by matrix products: scores in float32, all else in the
+model's own type. What is kept is what the fused kernel keeps, and with dropout a byte of mask a probability. Of long
+sequences the fused kernel skips what a causal mask hides, so those are left to it.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import dropout
 
-SCORES_AT_ONCE = 2**18
+SCORES_AT_ONCE = 2**18  # numbers that stay in a core's cache
+LONGEST = 256  # of a sequence: from 320 on the fused kernel is quicker in spite of all
 
 
 def attention(
@@ -50,10 +52,15 @@ def attention(
 
 
 def _is_quicker(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
-    trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    plain = query.shape[-1] == value.shape[-1] and not (mask is not None and mask.requires_grad)
-    gains = dropout_p > 0 or _dtype(query) == torch.bfloat16
-    return query.device.type in dropout.QUICK and trained and plain and gains
+    """Whether the way of this module is quicker, and can be gone: strange shapes and layouts are torch's."""
+    parts = (query, key, value)
+    if query.device.type not in dropout.QUICK or not torch.is_grad_enabled() or not any(p.requires_grad for p in parts):
+        return False
+    scores = query.shape[2] * key.shape[2]
+    gains = 0 < dropout_p < 1 or (_dtype(query) == torch.bfloat16 and dropout_p == 0 and scores <= LONGEST**2)
+    plain = query.dtype in (torch.float32, torch.bfloat16) and len(query) == len(key) and scores > 0
+    plain &= query.shape[-1] == value.shape[-1] and all(part.stride(-1) == 1 for part in parts)
+    return gains and plain and not (mask is not None and mask.requires_grad)
 
 
 def _dtype(query: Tensor) -> torch.dtype:
@@ -85,11 +92,11 @@ class _Attention(torch.autograd.Function):
                 )
             else:
                 mixed, log_sum = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-                for rows, scores in _scores(query, key, mask, is_causal, scale):
+                for at, scores in _scores(query, key, mask, is_causal, scale):
                     sums = scores.logsumexp(-1)
-                    log_sum[rows] = sums.masked_fill_(sums == -torch.inf, 0)  # nothing is seen: all will be exp(-inf)
-                    kept = scores.sub_(log_sum[rows, :, :, None]).exp_().mul_(keep[rows]).mul_(factor)
-                    mixed[rows] = kept.to(value.dtype) @ value[rows]
+                    log_sum[at] = sums.masked_fill_(sums == -torch.inf, 0)  # nothing is seen: all will be exp(-inf)
+                    kept = scores.sub_(log_sum[at].unsqueeze(-1)).exp_().mul_(keep[at]).mul_(factor)
+                    mixed[at] = kept.to(value.dtype) @ value[at]
         ctx.save_for_backward(query, key, value, mask, keep, mixed, log_sum)
         return mixed
 
@@ -101,36 +108,40 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             # the gradient of a softmax is p (g - sum of p g), and that sum is the product of output and gradient
             mean = (grad.float() * mixed.float()).sum(-1, keepdim=True)
-            for rows, scores in _scores(query, key, mask, ctx.is_causal, ctx.scale):
-                p = scores.sub_(log_sum[rows, :, :, None]).exp_()
-                grad_p = (grad[rows] @ value[rows].mT).float()
+            for at, scores in _scores(query, key, mask, ctx.is_causal, ctx.scale):
+                p = scores.sub_(log_sum[at].unsqueeze(-1)).exp_()
+                grad_p = (grad[at] @ value[at].mT).float()
                 kept = p
                 if keep is not None:
-                    kept = (p * keep[rows]).mul_(ctx.factor)
-                    grad_p.mul_(keep[rows]).mul_(ctx.factor)
-                grad_value[rows] = kept.to(grad.dtype).mT @ grad[rows]
-                grad_scores = p.mul_(grad_p.sub_(mean[rows])).mul_(ctx.scale).to(query.dtype)
-                grad_query[rows] = grad_scores @ key[rows]
-                grad_key[rows] = grad_scores.mT @ query[rows]
+                    kept = (p * keep[at]).mul_(ctx.factor)
+                    grad_p.mul_(keep[at]).mul_(ctx.factor)
+                grad_value[at] = kept.to(grad.dtype).mT @ grad[at]
+                grad_scores = p.mul_(grad_p.sub_(mean[at])).mul_(ctx.scale).to(query.dtype)
+                grad_query[at] = grad_scores @ key[at]
+                grad_key[at] = grad_scores.mT @ query[at]
         return grad_query, grad_key, grad_value, None, None, None, None, None
 
 
 def _scores(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows and their scores with all masks, [rows, H, Lq, Lk] float32: as exponents bfloat16 would blur them."""
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Yield rows and heads, and their masked scores [rows, heads, Lq, Lk]: in float32, for they are exponents."""
     query, key = query.float() * scale, key.float()
-    (num_rows, heads, length), keys = query.shape[:3], key.shape[2]
-    count = max(1, SCORES_AT_ONCE // max(1, heads * length * keys))
+    (num_rows, num_heads, length), keys = query.shape[:3], key.shape[2]
+    one_head = length * keys
+    heads_at_once = min(num_heads, max(1, SCORES_AT_ONCE // one_head))
+    rows_at_once = max(1, SCORES_AT_ONCE // (num_heads * one_head))
     unseen = query.new_full((length, keys), -torch.inf).triu_(1) if is_causal else None
-    for start in range(0, num_rows, count):
-        rows = slice(start, start + count)
-        scores = query[rows] @ key[rows].mT
-        if mask is not None:
-            scores += mask if len(mask) == 1 else mask[rows]
-        if unseen is not None:
-            scores += unseen
-        yield rows, scores
+    mask = None if mask is None else mask.expand(num_rows, num_heads, -1, -1)
+    for row in range(0, num_rows, rows_at_once):
+        for head in range(0, num_heads, heads_at_once):
+            at = slice(row, row + rows_at_once), slice(head, head + heads_at_once)
+            scores = query[at] @ key[at].mT
+            if mask is not None:
+                scores += mask[at]
+            if unseen is not None:
+                scores += unseen
+            yield at, scores
 
 
 def attention_of_transformers(

@@ -87,8 +87,7 @@ def run_prefix(decoder: Decoder, prompts: Tensor, attention_mask: Tensor, use_ca
         position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
         use_cache=use_cache,
     )
-    cache = output.get("past_key_values")  # an encoder's output has no such field
-    return Prefix(attention_mask, attention_mask.sum(1), output.last_hidden_state[:, -1], cache)
+    return Prefix(attention_mask, attention_mask.sum(1), output.last_hidden_state[:, -1], output.past_key_values)
 
 
 def run_behind(body: PreTrainedModel, start: Tensor, rows: Tensor) -> Tensor:

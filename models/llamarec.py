@@ -113,11 +113,7 @@ class LlamaRec(Recommender):
 
     def loss(self, batch: RankingBatch) -> Loss:  # type: ignore[override]
         assert batch.answers is not None
-        decoder = decoder_of(self.backbone)
-        # Pads stand on the right, where a causal model never sees them; what reads for a dot product may see both ways.
-        mask = batch.attention_mask if isinstance(self.head, ItemHead) else None
-        states_LH = decoder.body(**self.inputs(batch), attention_mask=mask, use_cache=False).last_hidden_state
-        states_LH = states_LH.flatten(0, 1)
+        decoder, states_LH = decoder_of(self.backbone), self.states(batch)
         states_BH = states_LH.index_select(0, batch.ends)
         if self.config.objective == "published":
             behind_BH = states_LH.index_select(0, batch.ends + 1)  # the letter stands there
@@ -125,6 +121,13 @@ class LlamaRec(Recommender):
             return Loss(self._published(decoder, states_BH[:n], behind_BH[:n], batch.answers[:n]), batch.count)
         logits_BK = self.head(decoder, states_BH, batch.candidates)
         return Loss(F.cross_entropy(logits_BK, batch.answers, ignore_index=NO_LABEL, reduction="sum"), batch.count)
+
+    def states(self, batch: RankingBatch) -> Tensor:
+        """Return the states of all slots of prompts that are padded on the right, [R * L, H]."""
+        # There a causal model never sees pads; what reads for a dot product may see both ways.
+        mask = batch.attention_mask if isinstance(self.head, ItemHead) else None
+        body = decoder_of(self.backbone).body
+        return body(**self.inputs(batch), attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def _published(self, decoder: Decoder, states_BH: Tensor, behind_BH: Tensor, answers_B: Tensor) -> Tensor:
         """Return the loss of the letter and of the end behind it, over the vocabulary."""
@@ -143,8 +146,11 @@ class LlamaRec(Recommender):
     def candidate_scores(self, batch: RankingBatch) -> Tensor:
         """Return what the language model says of each user's candidates, [B, K] float32, the mean over all orders."""
         decoder, inputs = scoring_decoder(self.backbone), self.inputs(batch)
-        prompts = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
-        states_RH = run_prefix(decoder, prompts, batch.attention_mask, use_cache=False).last_state
+        if isinstance(self.head, ItemHead):
+            states_RH = self.states(batch).index_select(0, batch.ends)
+        else:
+            prompts = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
+            states_RH = run_prefix(decoder, prompts, batch.attention_mask, use_cache=False).last_state
         logits_RK = self.head(decoder, states_RH, batch.candidates)
         by_place_RK = torch.empty_like(logits_RK).scatter_(1, batch.order, logits_RK)
         return by_place_RK.view(len(batch.candidates), -1, logits_RK.shape[1]).mean(1)

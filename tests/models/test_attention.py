@@ -57,7 +57,7 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("pieces", [1, 2**18])
+@pytest.mark.parametrize("pieces", [1, 2 * L * L, 2**18])
 @pytest.mark.parametrize("kv_heads", [H, 2])
 @pytest.mark.parametrize(("dtype", "dropout_p"), [(torch.bfloat16, 0.0), (torch.float32, 0.3), (torch.bfloat16, 0.3)])
 @pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
@@ -92,6 +92,35 @@ def test_values_and_gradients_are_those_of_the_formula(
         assert found.dtype == dtype
         bound = 1e-5 if dtype == torch.float32 else 0.01
         assert (found.double() - expected).norm() <= bound * expected.norm()
+
+
+STRANGE: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "nothing asks": ({"query": (B, H, 0, D)}, {}),
+    "nothing is there": ({"key": (B, H, 0, D), "value": (B, H, 0, D)}, {}),
+    "one query for all": ({"query": (1, H, L, D)}, {}),
+    "wide values": ({"value": (B, H, L, 2 * D)}, {}),
+    "all is dropped": ({}, {"dropout_p": 1.0}),
+    "long": (dict.fromkeys(("query", "key", "value"), (1, 1, 400, D)), {}),
+}
+
+
+@pytest.mark.parametrize(("shapes", "options"), STRANGE.values(), ids=STRANGE)
+def test_strange_shapes_are_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, shapes: dict[str, tuple[int, ...]], options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(ours._Attention, "apply", None)
+    parts = [
+        torch.randn(shapes.get(name, (B, H, L, D)), dtype=torch.bfloat16, requires_grad=True)
+        for name in ("query", "key", "value")
+    ]
+    assert attention(*parts, **options).equal(F.scaled_dot_product_attention(*parts, **options))
+
+
+def test_transposed_layouts_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused kernel reads them wrongly, which torch looks at before it takes it."""
+    monkeypatch.setattr(ours._Attention, "apply", None)
+    parts = [torch.randn(B, H, D, L, dtype=torch.bfloat16, requires_grad=True).mT for _ in range(3)]
+    assert attention(*parts).equal(F.scaled_dot_product_attention(*parts))
 
 
 def test_other_cases_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RobertaConfig, RobertaModel
 
 from data.batches import NO_LABEL
 from data.candidate_store import CandidateStore
@@ -248,6 +248,29 @@ def test_dot_scores_are_scaled_cosines_with_a_candidates_own_vector(parts: Parts
     asked = parts.evaluation(None)
     assert not asked.attention_mask.all(), "no row is padded"
     torch.testing.assert_close(model.candidate_scores(asked), expected(asked).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_that_counts_places_ranks_what_it_has_learned(parts: Parts) -> None:
+    """RoBERTa's places begin behind that of padding, and depend on the side of pads."""
+    shape = RobertaConfig(
+        vocab_size=len(parts.tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    torch.manual_seed(0)
+    backbone = RobertaModel(shape, add_pooling_layer=False).eval()
+    config = LlamaRecConfig(prompts=parts.settings, scoring="dot")
+    table = torch.randn(parts.split.num_items + 1, 8)
+    model = LlamaRec(config, backbone, parts.split.num_items, item_table=table).eval()
+    asked = parts.evaluation(None)
+    with torch.no_grad():
+        found = model.candidate_scores(asked)
+        for row, (ids, mask) in enumerate(zip(asked.input_ids, asked.attention_mask, strict=True)):
+            state = backbone(input_ids=ids[mask.bool()][None]).last_hidden_state[:, -1]
+            alone = model.head(None, state, asked.candidates[row, None])
+            torch.testing.assert_close(found[row, None], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_head_of_its_own_that_nothing_reads_is_not_trained(parts: Parts) -> None:
