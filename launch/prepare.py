@@ -62,7 +62,7 @@ def tokenise(config: RunConfig, setting: Setting) -> dict[str, PromptReport]:
 
 def prompt_table(reports: dict[str, PromptReport]) -> Table:
     """Return a row a phase: padding is the share of it in batches, cut rows have lost titles to max_length."""
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # billions of tokens fit into 80 columns
     for heading in ("prompts", "rows", "tokens", "labels", "padding", "cut", "MB", "time"):
         table.add_column(heading, justify="left" if heading == "prompts" else "right", no_wrap=True)
     for phase, report in reports.items():

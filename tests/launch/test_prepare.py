@@ -1,11 +1,14 @@
 """Preparing ahead: what is reported is what is on disk, and the training that follows builds nothing again."""
 
+import io
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
 
 from data import tokenized
+from data.tokenized import PromptReport
 from launch import prepare, recommend, train
 
 SMALL = (
@@ -35,7 +38,7 @@ def test_the_table_says_what_is_on_disk(cache: Path, capsys: pytest.CaptureFixtu
     assert prepare.main([*SMALL, f"--data.cache={cache}"]) == 0
     shown = capsys.readouterr().out
     assert "sample: 40 users, 48 items, " in shown
-    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()[:1] and line[2:3] in "tv"}
+    rows = {row[0]: row for row in map(str.split, shown.splitlines()) if row and row[0] in prepare.PHASES}
     found = datasets(cache)
     assert len(found) == 3
     (training,) = [prompts for prompts in found.values() if "row" not in prompts.column_names]
@@ -46,6 +49,24 @@ def test_the_table_says_what_is_on_disk(cache: Path, capsys: pytest.CaptureFixtu
     assert rows["train"][4] == f"{1 - tokens / padded:.1%}", "of micro-batches of 4"
     assert rows["valid"][1] == rows["test"][1] == "40"
     assert str(cache / "prompts") in shown
+
+
+def test_counts_of_twenty_million_prompts_fit_into_a_terminal() -> None:
+    report = PromptReport(
+        rows=19_586_060,
+        tokens=1_701_850_780,
+        label_tokens=93_301_610,
+        padding_share=0.004,
+        shortened_rows=0,
+        bytes_on_disk=7_203_000_000,
+        seconds=61.2,
+    )
+    console = Console(width=80, file=io.StringIO())
+    console.print(prepare.prompt_table({"train": report}))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for figure in ("19,586,060", "1,701,850,780", "93,301,610", "7203.0", "61.2 s"):
+        assert figure in shown
 
 
 def test_training_finds_everything(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
