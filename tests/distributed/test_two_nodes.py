@@ -132,7 +132,7 @@ def test_a_pulled_cable_ends_both_hosts(hosts: tuple[Host, Host], tmp_path: Path
     folder, endless = tmp_path / "run", ["--train.epochs=1000", "--train.eval_every_epochs=1000"]
     nodes = [
         start_node(
-            *(host, rank, *EXACT, *endless, "--train.timeout_seconds=10"),
+            *(host, rank, *EXACT, *endless, "--train.timeout_seconds=20"),
             output=folder,
             log=tmp_path / f"node-{rank}.log",
         )
