@@ -122,7 +122,7 @@ class TrainingSequences:
     """Every user's training events in windows of `window` inputs: one causal pass trains every position.
 
     `windows="last"` keeps a user's most recent window, as the published code does; `"all"` cuts the whole sequence
-    into windows from the end, so that no event is left out.
+    into windows from the end, so that no event is left out. `spans` [n, 3] are other windows, whatever these say.
     """
 
     def __init__(
@@ -131,16 +131,19 @@ class TrainingSequences:
         window: int,
         windows: str = "last",
         negatives: UniformNegatives | None = None,
+        spans: np.ndarray | None = None,
     ) -> None:
         self.split, self.window, self.negatives = split, window, negatives
-        spans = [
-            (user, max(0, end - window), end)
-            for user, last in enumerate(split.train_end - 1)
-            for end in (range(int(last), 0, -window) if windows == "all" else [int(last)])
-            if end > 0
-        ]
+        if spans is None:
+            found = [
+                (user, max(0, end - window), end)
+                for user, last in enumerate(split.train_end - 1)
+                for end in (range(int(last), 0, -window) if windows == "all" else [int(last)])
+                if end > 0
+            ]
+            spans = np.array(found, dtype=np.int64).reshape(-1, 3)
         # A span (user, start, end) trains the inputs start..end-1 to name the events start+1..end.
-        self.spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
+        self.spans = spans
         self.lengths = self.spans[:, 2] - self.spans[:, 1]
 
     def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> SequenceBatch:

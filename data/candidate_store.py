@@ -2,15 +2,16 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from .batches import SequenceBatch, TrainingSequences
+from .batches import Examples
 from .splits import Phase, Split, Targets
 from .title_tokens import ends_of, ranges
 
@@ -80,7 +81,7 @@ class CandidateStore:
 
 def store_name(split: Split, phase: StoredPhase, k: int, retriever: str) -> str:
     """A name for all that the candidates depend on; `retriever` is its checksum."""
-    digest = hashlib.sha256(f"{retriever} {split.hash} {phase} {k} ".encode())
+    digest = hashlib.sha256(f"{retriever} {split.hash} {phase} {k} overlapping ".encode())
     rows = rows_of(split, phase)
     for array in (split.items, split.offsets, rows.user, rows.position):
         digest.update(array.astype(np.int64).tobytes())
@@ -111,17 +112,51 @@ def as_test(split: Split, rows: Targets) -> Split:
     return replace(split, valid=rows, test=rows, hash="")
 
 
-class TrainingWindows(TrainingSequences):
-    """All training events in windows, for models that answer at every position in one pass."""
+def overlapping_spans(split: Split, window: int) -> np.ndarray:
+    """Windows (user, start, first, end) of at most `window` inputs start..end-1, of which first..end-1 answer, [n, 4].
 
-    def __init__(self, split: Split, window: int) -> None:
-        super().__init__(split, window, "all")
+    Every row of `training_cuts` is answered once, from half a window at least of what came before it, or all of it.
+    """
+    step = max(1, window // 2)
+    spans = []
+    for user, last in enumerate((split.train_end - 1).tolist()):
+        first = 0
+        while first < last:
+            end = min(last, max(window, first + step))
+            spans.append((user, max(0, end - window), first, end))
+            first = end
+    return np.array(spans, dtype=np.int64).reshape(-1, 4)
 
-    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> SequenceBatch:
-        batch = super().collate(indices, epoch)
-        return replace(batch, row=torch.from_numpy(np.asarray(indices, dtype=np.int64)))
+
+class TrainingWindows:
+    """Histories before training events, for models that answer at every position of a window in one pass.
+
+    `examples_of` gives examples of spans (user, start, end) whose labelled slots are their inputs, in order. Only
+    windows that answer one of `rows` are there.
+    """
+
+    def __init__(
+        self, split: Split, window: int, examples_of: Callable[[Split, np.ndarray], Examples], rows: np.ndarray
+    ) -> None:
+        self.split, spans = split, overlapping_spans(split, window)
+        user, _, first, end = spans.T
+        asked = np.zeros(len(training_cuts(split)) + 1, dtype=np.int64)
+        asked[rows + 1] = 1
+        asked = asked.cumsum()
+        answers = asked[cut_rows(split, user, end) + 1] > asked[cut_rows(split, user, first + 1)]
+        self.spans = spans[answers]
+        self.examples = examples_of(split, self.spans[:, [0, 1, 3]])
+        self.lengths = self.examples.lengths
+
+    def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> Any:
+        """Return the batch of some windows, labelled where they answer."""
+        batch: Any = self.examples.collate(indices, epoch, progress)
+        _, start, first, end = self.spans[indices].T
+        answering = torch.from_numpy(ranges(ends_of(end - start)[:-1] + first - start, end - first))
+        row = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        return replace(batch, labelled=batch.labelled[answering], targets=batch.targets[answering], row=row)
 
     def cuts(self, indices: np.ndarray) -> np.ndarray:
-        """The row of `training_cuts` that each labelled slot of a batch of these windows asks for, [T]."""
-        user, start, end = self.spans[indices].T
-        return cut_rows(self.split, np.repeat(user, end - start), ranges(start + 1, end - start))
+        """The row of `training_cuts` that each labelled slot of a batch of these windows answers, [T]."""
+        user, _, first, end = self.spans[indices].T
+        return cut_rows(self.split, np.repeat(user, end - first), ranges(first + 1, end - first))

@@ -15,7 +15,7 @@ class TrainingItemPrompts:
     """Every training item that has a history, once an epoch.
 
     Where the layout trains every position a row is a window of a user's sequence; else it is a target with what came
-    before.
+    before. `spans` [n, 3] are other windows of inputs start..end-1.
     """
 
     def __init__(
@@ -24,10 +24,13 @@ class TrainingItemPrompts:
         layout: ItemPromptLayout,
         settings: ItemPromptSettings,
         negatives: SharedNegatives | None = None,
+        spans: np.ndarray | None = None,
     ) -> None:
         self.split, self.layout, self.negatives = split, layout, negatives
-        self.with_first = settings.empty_history
-        if layout.trains_every_position:
+        self.with_first = settings.empty_history and spans is None
+        if spans is not None:
+            self.spans = spans
+        elif layout.trains_every_position:
             self.spans = TrainingSequences(split, settings.max_history, "all").spans
         else:
             self.spans = _prefixes(split, settings)

@@ -15,22 +15,29 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from torch import Tensor
 
-from data.batches import SequenceBatch
-from data.candidate_store import CandidateStore, StoredPhase, TrainingWindows, as_test, rows_of, store_name
-from data.splits import Phase, Split
+from data.candidate_store import (
+    CandidateStore,
+    StoredPhase,
+    TrainingWindows,
+    as_test,
+    rows_of,
+    store_name,
+    training_cuts,
+)
+from data.splits import Phase, Split, Targets
 from evaluation.protocols import Mask, seen_pairs
 from evaluation.ranks import PADDING_ITEM, top_items
 from evaluation.results import Evaluation
 from evaluation.two_stages import two_stage_figures
 from models.devices import gather_object
-from models.sequence_recommender import SequenceRecommender
 
 from .earlier_runs import Asking, require_run
-from .setting import Built, Setting
+from .setting import Built, EveryPosition, Setting
 
 logger = logging.getLogger("shardrec")
 
 MASK: Mask = "full-history"
+SEEN_IN_TRAINING: Phase = "test"  # as which training events are asked for
 WAIT_SECONDS = 3600  # for another job that asks for the same candidates
 SCORES_AT_ONCE = 2**25  # numbers of catalogue scores alive at once where one pass answers many positions: 128 MB
 
@@ -107,51 +114,65 @@ class Retriever:
             logger.info("asking %s for the top %d of each %s history", self.run.folder, k, phase)
         return None
 
-    @torch.no_grad()
     def ask(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
         """Let every process ask about its share, and give all to all. Collective."""
-        built = self.load()
-        if phase == "train" and isinstance(built.model, SequenceRecommender):
-            tops = self._all_positions(built.model, split, k)
-        else:
-            tops = self._each_row(built, split, phase, k)
-        everyone: list[Top] = gather_object(list(tops))
-        rows = np.concatenate([top.rows for top in everyone])
-        first = np.unique(rows, return_index=True)[1]  # a loader may repeat rows
-        if len(first) != len(rows_of(split, phase)):
-            raise ValueError(f"{len(first)} of {len(rows_of(split, phase))} {phase} histories got candidates")
-        items, scores = (np.concatenate([top[i] for top in everyone])[first] for i in (1, 2))
-        return CandidateStore(items, scores)
+        tops = self._answers(self.load(), split, phase, np.arange(len(rows_of(split, phase))), k)
+        return gathered(tops, len(rows_of(split, phase)))
 
-    def _each_row(self, built: Built, split: Split, phase: StoredPhase, k: int) -> Iterator[Top]:
+    @torch.no_grad()
+    def ask_about(self, built: Built, split: Split, rows: np.ndarray, k: int) -> CandidateStore:
+        """Return the candidates of these rows of phase train, which ascend; `built` is what `load` gave. Collective."""
+        return gathered(self._answers(built, split, "train", rows, k), len(rows))
+
+    def _answers(self, built: Built, split: Split, phase: StoredPhase, rows: np.ndarray, k: int) -> Iterator[Top]:
+        if phase == "train" and built.every_position is not None:
+            return self._all_positions(built.model, built.every_position, split, rows, k)
+        return self._each_row(built, split, phase, rows, k)
+
+    def _each_row(self, built: Built, split: Split, phase: StoredPhase, rows: np.ndarray, k: int) -> Iterator[Top]:
         """One pass a history."""
-        asked = as_test(split, rows_of(split, phase)) if phase == "train" else split
-        seen_in = "test" if phase == "train" else phase
+        if phase == "train":
+            cuts = training_cuts(split)
+            asked, seen_in = as_test(split, Targets(cuts.user[rows], cuts.position[rows])), SEEN_IN_TRAINING
+        else:
+            asked, seen_in = split, phase
         for batch in self._asking.batches(built.require_full_ranking()(asked, seen_in)):
             assert batch.row is not None
             with self._asking.autocast():
                 scores_BN = built.model(batch)
-            yield _top(scores_BN, asked, seen_in, batch.row.cpu().numpy(), k)
+            index = batch.row.cpu().numpy()
+            yield _top(scores_BN, asked, seen_in, index, k)._replace(rows=rows[index])
 
-    def _all_positions(self, model: SequenceRecommender, split: Split, k: int) -> Iterator[Top]:
-        """One pass a window of training events, all of whose positions answer.
+    def _all_positions(self, model: Any, how: EveryPosition, split: Split, rows: np.ndarray, k: int) -> Iterator[Top]:
+        """One pass a window of training events, which overlap by half a window.
 
-        A position reads the events of its window, as in training; only those at a window's end read as many as an
-        evaluation would.
+        A position reads at least half of the events that an evaluation would, and none that stands behind it.
         """
-        windows, asked = TrainingWindows(split, model.config.window), as_test(split, rows_of(split, "train"))
+        windows, asked = TrainingWindows(split, how.window, how.examples, rows), as_test(split, training_cuts(split))
+        wanted = np.zeros(len(training_cuts(split)), dtype=bool)
+        wanted[rows] = True
         for batch in self._asking.batches(windows):
-            assert isinstance(batch, SequenceBatch)
             assert batch.row is not None
-            assert batch.labelled is not None
             with self._asking.autocast():
-                states_TH = model.states(batch).flatten(0, 1).index_select(0, batch.labelled)
-            query, table = model.operands(states_TH.float())
+                states_TH = model.read(batch)
             cuts = windows.cuts(batch.row.cpu().numpy())
+            query, table = model.operands(states_TH[torch.from_numpy(wanted[cuts]).to(states_TH.device)].float())
+            cuts = cuts[wanted[cuts]]
             at_once = max(1, SCORES_AT_ONCE // len(table))
             for start in range(0, len(cuts), at_once):
-                scores = query[start : start + at_once] @ table.float().T
-                yield _top(scores, asked, "test", cuts[start : start + at_once], k)
+                scores = query[start : start + at_once].float() @ table.float().T
+                yield _top(scores, asked, SEEN_IN_TRAINING, cuts[start : start + at_once], k)
+
+
+def gathered(tops: Iterator[Top], num_rows: int) -> CandidateStore:
+    """Give what every process has found to all, in the order of rows. Collective."""
+    everyone: list[Top] = gather_object(list(tops))
+    rows = np.concatenate([top.rows for top in everyone])
+    first = np.unique(rows, return_index=True)[1]  # a loader may repeat rows
+    if len(first) != num_rows:
+        raise ValueError(f"{len(first)} of {num_rows} histories got candidates")
+    items, scores = (np.concatenate([top[i] for top in everyone])[first] for i in (1, 2))
+    return CandidateStore(items, scores)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The one table of methods: name -> its settings and how to build its model and examples."""
 
+import numpy as np
 import torch
 
 from data.batches import (
@@ -45,7 +46,7 @@ from .llm2vec import build_mntp, build_simcse
 from .members import build_ensemble
 from .rankllm import build_rankllm
 from .sequences import build_sequence_recommender
-from .setting import Built, Method, Setting
+from .setting import Built, EveryPosition, Method, Setting
 from .skeletons import item_ids, item_lists, item_vectors, texts, ur4rec_v2, writers
 from .skeletons.base import next_token
 from .ur4rec_lists import build_ur4rec, build_ur4rec_pretrain
@@ -149,11 +150,15 @@ def build_item_reader(setting: Setting) -> Built:
             negatives = SharedNegatives(split, config.num_negatives, config.negatives_alpha, setting.seed)
         return TrainingItemPrompts(split, layout, prompts, negatives)
 
+    def windows(split: Split, spans: np.ndarray) -> Examples:
+        return TrainingItemPrompts(split, layout, prompts, spans=spans)
+
     return Built(
         model,
         training,
         lambda split, phase: EvaluationItemPrompts(split, phase, layout, prompts.max_history),
         tokenizer,
+        every_position=EveryPosition(prompts.max_history, windows) if layout.trains_every_position else None,
     )
 
 

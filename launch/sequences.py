@@ -7,7 +7,7 @@ from models.lrurec import LRURec, LRURecConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.sequence_recommender import SequenceConfig, SequenceRecommender
 
-from .setting import Built, Setting
+from .setting import Built, EveryPosition, Setting
 
 
 def sequence_recommender(config: SequenceConfig, num_items: int) -> SequenceRecommender:
@@ -33,4 +33,7 @@ def build_sequence_recommender(setting: Setting) -> Built:
         sequence_recommender(config, setting.catalog.num_items),
         training,
         lambda split, phase: EvaluationSequences(split, phase, config.window),
+        every_position=EveryPosition(
+            config.window, lambda split, spans: TrainingSequences(split, config.window, spans=spans)
+        ),
     )

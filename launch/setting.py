@@ -48,6 +48,18 @@ class Reranking:
 
 
 @dataclass(frozen=True)
+class EveryPosition:
+    """How a model answers after every event of a window in one pass, where no event sees what stands behind it.
+
+    Such a model has `read`, from a batch to its states at the labelled slots [T, H], and `operands`, from states to
+    [T, D] and [N + 1, D], whose products are the scores.
+    """
+
+    window: int  # events
+    examples: Callable[[Split, np.ndarray], Examples]  # of spans (user, start, end), labelled at their inputs, in order
+
+
+@dataclass(frozen=True)
 class Distilled:
     """What a student is without its teacher: what model/ holds, and later commands load."""
 
@@ -86,6 +98,7 @@ class Built:
     summary: Callable[[Split, Evaluation], dict[str, Any]] | None = None
     reranking: Reranking | None = None  # what a method is made of that ranks an earlier run's candidates
     distilled: Distilled | None = None
+    every_position: EveryPosition | None = None  # None where each history needs a pass of its own
     # Methods of the model, called through its forward, that give the scores of its parts alone, to be measured, too.
     parts: Mapping[str, str] = field(default_factory=dict)
 

@@ -100,6 +100,10 @@ class ItemReader(Recommender):
         """Return the states at the labelled slots, [T, H]."""
         return self.read_vectors(batch, self.input(batch.slot_items))
 
+    def operands(self, states_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [T, D] and [N + 1, D] whose products are the scores that states give to the items."""
+        return self.output.operands(states_TH, slice(None))
+
     def read_vectors(self, batch: ItemPromptBatch, vectors_SH: Tensor) -> Tensor:
         """Return the states at the labelled slots, [T, H], where these vectors stand for the items."""
         body = causal_model(self.backbone)

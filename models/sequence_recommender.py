@@ -73,6 +73,12 @@ class SequenceRecommender(Recommender):
         """The item vectors that states are matched with, [N + 1, H]: the same ones in a tied model."""
         return self.item_table if self.output_embedding is None else self.output_embedding.weight
 
+    def read(self, batch: SequenceBatch) -> Tensor:
+        """Return the states at the labelled slots, [T, H]."""
+        assert batch.labelled is not None
+        # Slots are known from the collator: a mask would make the host wait for the device to count them.
+        return self.states(batch).flatten(0, 1).index_select(0, batch.labelled)
+
     def operands(self, states_H: Tensor) -> tuple[Tensor, Tensor]:
         """Return [..., D] and [N + 1, D] whose products are the scores that states [..., H] give to the items."""
         return states_H, self.output_table

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.candidate_store import CandidateStore, as_test, cut_rows, store_name, training_cuts
+from data.candidate_store import CandidateStore, as_test, cut_rows, overlapping_spans, store_name, training_cuts
 from data.config import DataConfig
 from data.sources import read
 from data.splits import Split, split
@@ -66,3 +66,14 @@ def test_the_name_changes_with_weights_phase_size_and_rows(parts: Split) -> None
     ]
     assert len(set(names)) == len(names)
     assert store_name(parts, "test", 20, "a") == names[0]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8])
+def test_overlapping_windows_answer_every_training_event_once(parts: Split, window: int) -> None:
+    spans, cuts = overlapping_spans(parts, window), training_cuts(parts)
+    answered = [(user, cut) for user, start, first, end in spans.tolist() for cut in range(first + 1, end + 1)]
+    assert answered == list(zip(cuts.user.tolist(), cuts.position.tolist(), strict=True))
+    for user, start, first, end in spans.tolist():
+        assert end - start <= window
+        assert end < parts.train_end[user]
+        assert first + 1 - start >= min(first + 1, (window + 1) // 2)

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.candidate_store import CandidateStore, as_test, training_cuts
+from data.candidate_store import CandidateStore, as_test, cut_rows, overlapping_spans, training_cuts
 from data.interactions import Interactions
 from data.splits import Split
 from evaluation.evaluator import Evaluator
+from launch import train
 from launch.candidates import Retriever
 from launch.loading import load_model, load_run, read_and_split
 from launch.setting import Setting
+from tests.conftest import forget_accelerator
+from tests.launch.conftest import FLAGS
 
 K = 6
 
@@ -23,6 +26,20 @@ K = 6
 @pytest.fixture(scope="module")
 def data(trained: Path) -> tuple[Interactions, Split]:
     return read_and_split(load_run(trained).config.data)
+
+
+@pytest.fixture(scope="module")
+def e4srec(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal backbone, not trained, on the same data."""
+    folder = tmp_path_factory.mktemp("e4srec") / "run"
+    flags = (
+        "--model=e4srec --backbone.tiny.hidden_size 32 --backbone.tiny.layers 1 --method.prompts.max_history 8 "
+        "--train.max_steps 0 --train.trackers [] --train.precision fp32"
+    ).split()
+    data = FLAGS[2 : FLAGS.index("--method.window")]
+    assert train.main([*flags, *data, f"--output={folder}"]) == 0
+    forget_accelerator()
+    return folder
 
 
 @pytest.fixture
@@ -61,22 +78,35 @@ def test_the_recall_of_the_store_is_the_hit_rate_of_the_retriever(trained: Path,
     assert 0 < store.recall(parts.target_items("test")) == pytest.approx(measured.metrics[f"HR@{K}"])
 
 
-def test_training_candidates_of_one_pass_are_those_of_a_pass_a_history(trained: Path, setting: Setting) -> None:
-    """For every history that fits into one window; a longer one is read from where its window begins."""
-    parts = setting.split
-    store = Retriever(trained, setting).candidates(parts, "train", K)
-    cuts = training_cuts(parts)
+@pytest.mark.parametrize("model", ["sasrec", "e4srec"])
+def test_training_candidates_of_one_pass_are_those_of_a_pass_a_history(
+    model: str, trained: Path, e4srec: Path, setting: Setting
+) -> None:
+    """For every history that a window ends with (SASRec counts places from there), and any that fits into one."""
+    parts, folder = setting.split, trained if model == "sasrec" else e4srec
+    retriever = Retriever(folder, setting)
+    every = retriever.load().every_position
+    assert every is not None
+    store, cuts = retriever.candidates(parts, "train", K), training_cuts(parts)
     assert len(store.items) == len(cuts)
     met = [set(parts.history(int(user), int(end)).tolist()) for user, end in zip(cuts.user, cuts.position, strict=True)]
     assert not any(set(row.tolist()) & seen for row, seen in zip(store.items, met, strict=True))
-    scores = all_scores(trained, as_test(parts, cuts), "test")
-    # Where the window of the one pass ends, as that of an evaluation does.
-    last_of_window = cuts.position == parts.train_end[cuts.user] - 1
-    assert last_of_window.sum() > 20
-    for row in np.flatnonzero(last_of_window):
+    scores = all_scores(folder, as_test(parts, cuts), "test")
+    spans = overlapping_spans(parts, every.window)
+    same = set(cut_rows(parts, spans[:, 0], spans[:, 3]).tolist())
+    if model == "e4srec":
+        same |= set(np.flatnonzero(cuts.position <= every.window).tolist())
+    assert len(same) > 60
+    for row in same:
         own = scores[row].clone()
         own[list(met[row])] = -torch.inf
-        assert store.items[row].tolist() == own.sort(descending=True, stable=True).indices[:K].tolist()
+        best, items = own.sort(descending=True, stable=True)
+        assert store.items[row].tolist() == items[:K].tolist()
+        np.testing.assert_allclose(store.scores[row], best[:K], atol=1e-5)
+    some = np.arange(3, len(cuts), 7)
+    part = retriever.ask_about(retriever.load(), parts, some, K)
+    assert np.array_equal(part.items, store.items[some])
+    np.testing.assert_allclose(part.scores, store.scores[some], atol=1e-5)
 
 
 def test_a_store_is_kept_found_again_and_mended(
