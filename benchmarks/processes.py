@@ -47,7 +47,7 @@ def start(
 ) -> Run:
     """Start launch/<script>.py; `before` runs in its process first, to plant a fault there."""
     log = output.with_name(f"{output.name}-{time.monotonic_ns()}.log")
-    flag = "--output" if script in ("train", "describe") else "--run"
+    flag = "--output" if script in ("train", "describe", "label") else "--run"
     everything = [*arguments, f"{flag}={output}"]
     os.environ["PYTHONPATH"] = str(ROOT)  # for the process that all are forked from
     _context.set_forkserver_preload(["launch.train", "launch.evaluate"])

@@ -16,7 +16,7 @@ from .title_tokens import ranges
 
 @dataclass(frozen=True)
 class TaughtBatch(SequenceBatch):
-    """Item histories whose every label has a list of candidates, best first."""
+    """Item histories whose first T labels have a list of candidates each, best first."""
 
     candidates: Tensor | None = None  # [T, K] int64
     distances: Tensor | None = (
@@ -38,10 +38,10 @@ class TaughtBatch(SequenceBatch):
 
 
 class TaughtSequences(TrainingSequences):
-    """`TrainingSequences` with a store of candidates, one row for each of `training_cuts`.
+    """`TrainingSequences` with a store of candidates for the rows [n] of `training_cuts`.
 
     No row asks for an event of validation or test, and none was answered from a history that holds one.
-    `label_negatives` draws a negative for every label.
+    `label_negatives` draws a negative for every label. Labels that have no list stand behind those that have one.
     """
 
     def __init__(
@@ -50,31 +50,42 @@ class TaughtSequences(TrainingSequences):
         window: int,
         windows: str,
         negatives: UniformNegatives | None,
+        rows: np.ndarray,
         store: CandidateStore,
         label_negatives: UniformNegatives | None,
     ) -> None:
         super().__init__(split, window, windows, negatives)
-        if len(store.items) != len(training_cuts(split)):
-            raise ValueError(
-                f"the teacher's lists have {len(store.items)} rows, and training {len(training_cuts(split))} labels"
-            )
         self.store, self.label_negatives = store, label_negatives
+        labels = len(training_cuts(split))
+        if len(rows) != len(store.items) or (len(rows) and rows.max() >= labels):
+            raise ValueError(
+                f"the teacher's {len(store.items)} lists are for {len(rows)} rows up to {rows.max(initial=0)}, and "
+                f"training has {labels} labels"
+            )
+        self.place = np.full(labels, -1)  # of each row in the store; -1 where it has no list
+        self.place[rows] = np.arange(len(rows))
 
     def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> TaughtBatch:
         batch = super().collate(indices, epoch, progress)
+        assert batch.labelled is not None
         assert batch.targets is not None
         user, start, end = self.spans[indices].T
         users, positions = np.repeat(user, end - start), ranges(start + 1, end - start)
         assert (positions < self.split.train_end[users]).all(), "a held-out event among the labels"
-        rows = cut_rows(self.split, users, positions)
-        scores = torch.from_numpy(self.store.scores[rows])
+        places = self.place[cut_rows(self.split, users, positions)]
+        order = torch.from_numpy(np.argsort(places < 0, kind="stable"))
+        taught = places[places >= 0]
+        targets = batch.targets[order]
+        batch = replace(batch, labelled=batch.labelled[order], targets=targets)
+        scores = torch.from_numpy(self.store.scores[taught])
         distances = -scores.log_softmax(1)
-        candidates = torch.from_numpy(self.store.items[rows].astype(np.int64))
-        hit = candidates == batch.targets[:, None]
+        candidates = torch.from_numpy(self.store.items[taught].astype(np.int64))
+        hit = candidates == targets[: len(taught), None]
         target_distances = distances.masked_fill(~hit, torch.inf).amin(1)
         drawn = None
         if self.label_negatives is not None:
-            drawn = torch.from_numpy(self.label_negatives.draw_each(user, indices, end - start, epoch))
+            every = self.label_negatives.draw_each(user, indices, end - start, epoch)
+            drawn = torch.from_numpy(every)[order[: len(taught)]]
         return TaughtBatch(
             **vars(batch),
             candidates=candidates,

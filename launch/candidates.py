@@ -116,52 +116,61 @@ class Retriever:
 
     def ask(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
         """Let every process ask about its share, and give all to all. Collective."""
-        tops = self._answers(self.load(), split, phase, np.arange(len(rows_of(split, phase))), k)
-        return gathered(tops, len(rows_of(split, phase)))
+        return best_of(self.load(), self._asking, split, phase, k)
 
-    @torch.no_grad()
-    def ask_about(self, built: Built, split: Split, rows: np.ndarray, k: int) -> CandidateStore:
-        """Return the candidates of these rows of phase train, which ascend; `built` is what `load` gave. Collective."""
-        return gathered(self._answers(built, split, "train", rows, k), len(rows))
 
-    def _answers(self, built: Built, split: Split, phase: StoredPhase, rows: np.ndarray, k: int) -> Iterator[Top]:
-        if phase == "train" and built.every_position is not None:
-            return self._all_positions(built.model, built.every_position, split, rows, k)
-        return self._each_row(built, split, phase, rows, k)
+@torch.no_grad()
+def best_of(
+    built: Built, asking: Asking, split: Split, phase: StoredPhase, k: int, rows: np.ndarray | None = None
+) -> CandidateStore:
+    """Return a loaded model's best k for each row of a phase; of phase train, for these `rows`, which ascend.
 
-    def _each_row(self, built: Built, split: Split, phase: StoredPhase, rows: np.ndarray, k: int) -> Iterator[Top]:
-        """One pass a history."""
-        if phase == "train":
-            cuts = training_cuts(split)
-            asked, seen_in = as_test(split, Targets(cuts.user[rows], cuts.position[rows])), SEEN_IN_TRAINING
-        else:
-            asked, seen_in = split, phase
-        for batch in self._asking.batches(built.require_full_ranking()(asked, seen_in)):
-            assert batch.row is not None
-            with self._asking.autocast():
-                scores_BN = built.model(batch)
-            index = batch.row.cpu().numpy()
-            yield _top(scores_BN, asked, seen_in, index, k)._replace(rows=rows[index])
+    Every process asks about its share, and all get all. Collective.
+    """
+    if phase != "train":
+        count = len(rows_of(split, phase))
+        return gathered(_each_row(built, asking, split, phase, np.arange(count), k), count)
+    cuts = training_cuts(split)
+    rows = np.arange(len(cuts)) if rows is None else rows
+    if built.every_position is not None:
+        tops = _all_positions(built.model, built.every_position, asking, split, rows, k)
+    else:
+        asked = as_test(split, Targets(cuts.user[rows], cuts.position[rows]))
+        tops = _each_row(built, asking, asked, SEEN_IN_TRAINING, rows, k)
+    return gathered(tops, len(rows))
 
-    def _all_positions(self, model: Any, how: EveryPosition, split: Split, rows: np.ndarray, k: int) -> Iterator[Top]:
-        """One pass a window of training events, which overlap by half a window.
 
-        A position reads at least half of the events that an evaluation would, and none that stands behind it.
-        """
-        windows, asked = TrainingWindows(split, how.window, how.examples, rows), as_test(split, training_cuts(split))
-        wanted = np.zeros(len(training_cuts(split)), dtype=bool)
-        wanted[rows] = True
-        for batch in self._asking.batches(windows):
-            assert batch.row is not None
-            with self._asking.autocast():
-                states_TH = model.read(batch)
-            cuts = windows.cuts(batch.row.cpu().numpy())
-            query, table = model.operands(states_TH[torch.from_numpy(wanted[cuts]).to(states_TH.device)].float())
-            cuts = cuts[wanted[cuts]]
-            at_once = max(1, SCORES_AT_ONCE // len(table))
-            for start in range(0, len(cuts), at_once):
-                scores = query[start : start + at_once].float() @ table.float().T
-                yield _top(scores, asked, SEEN_IN_TRAINING, cuts[start : start + at_once], k)
+def _each_row(built: Built, asking: Asking, split: Split, phase: Phase, rows: np.ndarray, k: int) -> Iterator[Top]:
+    """One pass a history; `rows` are what the targets of the phase are called."""
+    for batch in asking.batches(built.require_full_ranking()(split, phase)):
+        assert batch.row is not None
+        with asking.autocast():
+            scores_BN = built.model(batch)
+        index = batch.row.cpu().numpy()
+        yield _top(scores_BN, split, phase, index, k)._replace(rows=rows[index])
+
+
+def _all_positions(
+    model: Any, how: EveryPosition, asking: Asking, split: Split, rows: np.ndarray, k: int
+) -> Iterator[Top]:
+    """One pass a window of training events, which overlap by half a window.
+
+    A position reads at least half of the events that an evaluation would, and none that stands behind it.
+    """
+    windows, asked = TrainingWindows(split, how.window, how.examples, rows), as_test(split, training_cuts(split))
+    wanted = np.zeros(len(training_cuts(split)), dtype=bool)
+    wanted[rows] = True
+    for batch in asking.batches(windows):
+        assert batch.row is not None
+        with asking.autocast():
+            states_TH = model.read(batch)
+        cuts = windows.cuts(batch.row.cpu().numpy())
+        query, table = model.operands(states_TH[torch.from_numpy(wanted[cuts]).to(states_TH.device)].float())
+        cuts = cuts[wanted[cuts]]
+        at_once = max(1, SCORES_AT_ONCE // len(table))
+        for start in range(0, len(cuts), at_once):
+            scores = query[start : start + at_once].float() @ table.float().T
+            yield _top(scores, asked, SEEN_IN_TRAINING, cuts[start : start + at_once], k)
 
 
 def gathered(tops: Iterator[Top], num_rows: int) -> CandidateStore:
@@ -210,7 +219,7 @@ class FirstStage:
 def _top(scores_TN: Tensor, split: Split, phase: Phase, rows: np.ndarray, k: int) -> Top:
     """The k best items of each row that its history does not hold."""
     if scores_TN.isnan().any():
-        raise ValueError("NaN among the scores of --method.retriever")
+        raise ValueError("NaN among the scores of the model that is asked")
     scores_TN = scores_TN.float()
     allowed_TN = scores_TN > -torch.inf
     allowed_TN[:, PADDING_ITEM] = False

@@ -13,7 +13,7 @@ from data.prompts import title_texts
 from data.title_tokens import TokenTable, encode
 from models.backbone import Backbone, BackboneConfig, causal_model, load_backbone
 from models.devices import own_device
-from models.e4srec import E4SRecConfig, item_vectors, token_norm
+from models.e4srec import E4SRecConfig, token_norm
 from models.item_embeddings import ItemTable, ItemTableConfig, mean_token_embeddings
 from models.pretrained import load_saved_tokenizer
 from models.text_vectors import text_vectors
@@ -71,7 +71,13 @@ def vectors_of(path: Path, setting: Setting) -> Tensor:
     Raises ValueError unless they fit. A file says nothing about its items but their number.
     """
     if path.suffix != ".safetensors":
-        vectors = item_vectors(setting.load_model(require_run(path, "sasrec", setting).folder).model)
+        known = setting.load_model(require_run(path, "sasrec", setting).folder).model.catalogue_vectors()
+        if known is None:
+            raise ValueError(
+                f"--method.sasrec {path} is a run without item vectors: expected one of sasrec, gru4rec, lrurec or "
+                "e4srec"
+            )
+        vectors = known
     elif not path.is_file():
         raise ValueError(f"--method.sasrec {path}: there is no such file")
     else:

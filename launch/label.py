@@ -1,13 +1,14 @@
-"""Let a finished reranker judge the candidates of its retriever: labels that another model can learn from.
+"""Write down what a finished run says of the training histories: labels that another model can learn from.
 
-python launch/label.py --run runs/rankllm --phase train --output labels/train.jsonl
+python launch/label.py --run runs/bigrec --output teachers/bigrec
 accelerate launch launch/label.py --run runs/rankllm --phase valid --output labels/valid.jsonl
 
-One JSON line a history. The same command goes on with what a stopped one left. At the end the teacher is compared with
-the retriever, on screen and in FILE.audit.json: believe a teacher by its labels of the phase valid.
+A folder takes the best k items of each training history, of any run that ranks the catalogue, and its item vectors:
+what --method.teacher of dllm2rec learns from. A .jsonl file takes how a reranker judges its retriever's candidates, one
+JSON line a history; at the end both are compared, on screen and in FILE.audit.json: believe a teacher by its labels of
+the phase valid. The same command goes on with what a stopped one left.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ from evaluation.teacher_audit import audit
 from launch.loading import LoadedRun, load_run, read_data_of
 from launch.parser import SettingsParser
 from launch.setting import Reranking
+from launch.teaching import write_lists
 from models.devices import gather_object
 from models.rankllm import TooManyFailures
 from trainers.runtime import Runtime, leave
@@ -38,9 +40,13 @@ class LabelConfig:
     """What to label."""
 
     run: Path
-    """Run folder of a reranker: rankllm or llamarec."""
+    """Run folder; for a .jsonl file that of a reranker, rankllm or llamarec."""
     output: Path
-    """File of the labels (.jsonl); one that is there is gone on with."""
+    """Folder of lists, or file of judgements (.jsonl); one that is there is gone on with."""
+    k: int = 20
+    """Folder: items of each list."""
+    lists_at_once: int = 8192
+    """Folder: lists of one file, and so what a stopped command loses at most."""
     phase: Literal["train", "valid"] = "train"
     """train: the events that training may see, to learn from. valid: the held-out ones, to measure the teacher by."""
     cuts: int | None = None
@@ -51,11 +57,21 @@ class LabelConfig:
     """Histories of one pass on one process, the run's own when not given."""
 
     def __post_init__(self) -> None:
-        for name in ("cuts", "batch_size"):
+        for name in ("cuts", "batch_size", "k", "lists_at_once"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1")
         if self.phase == "valid" and (self.cuts is not None or self.add_target):
             raise ValueError("--cuts and --add_target go with --phase train: no teacher is handed a held-out item")
+        if self.lists and (self.phase == "valid" or self.add_target or self.batch_size is not None):
+            raise ValueError(
+                f"--output {self.output} is a folder, for lists of training histories as the run ranks them: --phase "
+                "valid, --add_target and --batch_size go with a .jsonl file"
+            )
+
+    @property
+    def lists(self) -> bool:
+        """Whether lists are asked for, and not judgements."""
+        return self.output.suffix != ".jsonl"
 
 
 class Lists(NamedTuple):
@@ -73,25 +89,37 @@ def main(argv: list[str]) -> int:
     parser = SettingsParser(prog="launch/label.py", description=__doc__)
     config = parser.read_as(LabelConfig, argv)
     run = load_run(config.run)
-    reranking = run.built.reranking
-    if reranking is None:
-        sys.exit(f"error: --run {config.run} is a run of {run.config.model}: expected a reranker, rankllm or llamarec")
+    if run.built.reranking is None and not config.lists:
+        sys.exit(
+            f"error: --run {config.run} is a run of {run.config.model}: expected a reranker, rankllm or llamarec; "
+            "--output FOLDER takes the best items of any run"
+        )
     train = run.config.train
     runtime = Runtime(train.precision, timeout_seconds=train.timeout_seconds)
     parts = read_data_of(run)
     with runtime.watchdog.watching():
         try:
-            lists = choose_lists(config, parts, reranking)
-            source = source_of_run(run, config.phase, parts, reranking)
-            done = judged_before(config.output, source)
-            runtime.wait()  # everybody has read what the main process now adds to
-            label(config, run, runtime, parts, without(lists, done, parts), source)
+            if config.lists:
+                write_lists(run, parts, runtime, config.output, config.k, config.cuts, config.lists_at_once)
+            else:
+                judge(config, run, runtime, parts)
         except (TooManyFailures, ValueError) as error:
             sys.exit(f"error: {error}")
-    if runtime.is_main:
-        report(config, lists, parts, run.catalog)
     runtime.close()
     return 0
+
+
+def judge(config: LabelConfig, run: LoadedRun, runtime: Runtime, parts: Split) -> None:
+    """Let a reranker judge the lists that have no label yet, and compare it with its retriever. Collective."""
+    reranking = run.built.reranking
+    assert reranking is not None
+    lists = choose_lists(config, parts, reranking)
+    source = source_of_run(run, config.phase, parts, reranking)
+    done = judged_before(config.output, source)
+    runtime.wait()  # everybody has read what the main process now adds to
+    label(config, run, runtime, parts, without(lists, done, parts), source)
+    if runtime.is_main:
+        report(config, lists, parts, run.catalog)
 
 
 def choose_lists(config: LabelConfig, parts: Split, reranking: Reranking) -> Lists:
@@ -117,9 +145,7 @@ def next_items(parts: Split, rows: Targets) -> np.ndarray:
 
 def source_of_run(run: LoadedRun, phase: str, parts: Split, reranking: Reranking) -> Source:
     """Of what the labels of a run are made."""
-    with open(run.folder.model / "model.safetensors", "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(phase, parts.hash, run.folder.path.name, weights[:16], reranking.prompt)
+    return Source(phase, parts.hash, run.folder.path.name, run.checksum, reranking.prompt)
 
 
 def events_of(rows: Targets, parts: Split) -> list[tuple[str, int]]:

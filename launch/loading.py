@@ -1,5 +1,6 @@
 """A finished run, loaded back from its folder without its training data."""
 
+import hashlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,12 @@ class LoadedRun:
     config: RunConfig
     catalog: Catalog
     built: Built
+
+    @property
+    def checksum(self) -> str:
+        """Of its weights."""
+        with open(self.folder.model / "model.safetensors", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_run(path: Path, *, full_precision: bool = False) -> LoadedRun:

@@ -141,7 +141,7 @@ def measure_ranking(
         figures["parts"] = {
             name: measure_part(config, built, name, model, parts, runtime, protocol) for name in built.parts
         }
-    if built.distilled is not None and config.evaluation.protocol == "full":
+    if built.distilled is not None and built.distilled.compare is not None and config.evaluation.protocol == "full":
         figures["teacher"] = built.distilled.compare(valid)
     return figures, [valid, test]
 

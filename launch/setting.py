@@ -66,7 +66,7 @@ class Distilled:
     name: str  # in launch/methods.py
     method: Any  # that method's settings
     plain_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # from those of the trained model
-    compare: Callable[[Evaluation], dict[str, Any]]  # with the teacher, on validation
+    compare: Callable[[Evaluation], dict[str, Any]] | None  # with the teacher, on validation, where that is known
     top_k: int  # recommendations of each user that it compares
 
 

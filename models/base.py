@@ -44,6 +44,10 @@ class Recommender(nn.Module):
     def scores(self, batch: Batch) -> Tensor:
         """Return [B, N + 1] float32 scores of every catalogue item, column 0 (padding) at -inf."""
 
+    def catalogue_vectors(self) -> Tensor | None:
+        """Return what the model knows each item by, [N + 1, D], row 0 for padding; None where that is no vector."""
+        return None
+
     def judged(self, batch: Any) -> tuple[Tensor, Sequence[str]]:
         """Return [B, C] float32 scores of `batch.candidates`, as listed, and whether each answer could be read."""
         return self.scores(batch).gather(1, batch.candidates), ["ok"] * len(batch.candidates)

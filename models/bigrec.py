@@ -82,6 +82,11 @@ class BIGRec(Recommender):
         if config.objective == "items":
             self.item_head = ItemHead(mean_token_embeddings(backbone, titles.without_end()))
 
+    @torch.no_grad()
+    def catalogue_vectors(self) -> Tensor:
+        """Return the base model's states at the ends of the titles, by which written text is grounded."""
+        return nn.functional.pad(self.grounding.embedded_titles(self.backbone), (0, 0, 1, 0))
+
     def loss(self, batch: PromptBatch) -> Loss:  # type: ignore[override]
         assert batch.labelled is not None
         assert batch.targets is not None

@@ -223,6 +223,11 @@ class DenseRetrieval(Recommender):
         return self._evaluated
 
     @torch.no_grad()
+    def catalogue_vectors(self) -> Tensor:
+        """Return the items as users are compared with them."""
+        return self.evaluated()
+
+    @torch.no_grad()
     def keep_index(self, batch: RetrievalBatch) -> None:
         """Encode the catalogue with the final weights, to be saved with them. Collective; asks nothing of the batch."""
         self.item_index.copy_(self.encode_catalogue())

@@ -21,10 +21,10 @@ LOG_FLOOR = 1e-24  # inside the logarithm of the robust term, as published
 class RankingConfig:
     """How much the teacher's lists count, and by which loss."""
 
-    loss: Literal["intended", "paper", "published", "softmax", "rd", "listwise", "ranknet", "none"] = "intended"
+    loss: Literal["intended", "paper", "published", "softmax", "rd", "dcd", "listwise", "ranknet", "none"] = "intended"
     """What is learned of a list. DLLM2Rec: each candidate as a positive beside one sampled negative (intended), the
     same with the slips of its code (published), or positives alone (paper). softmax: the weights as soft labels of a
-    softmax over the catalogue, for students that are trained by one. Older: rd, listwise (KL), ranknet."""
+    softmax over the catalogue, for students that are trained by one. Others': rd, dcd, listwise (KL), ranknet."""
     weight: float = 0.7
     """Factor of this loss beside the student's own (lambda)."""
     position: float = 0.3
@@ -38,7 +38,7 @@ class RankingConfig:
     temperature: float = 1.0
     """Of listwise and ranknet: scores of the student (and the teacher) are divided by it."""
     discrepancy: float = 1.0
-    """Of rd: how fast a candidate's weight grows with the places that the student ranks it below the teacher."""
+    """Of rd and dcd: how fast the weight of an item grows with the places by which the student misranks it."""
 
     def __post_init__(self) -> None:
         for name in ("weight", "position", "confidence", "consistency"):
@@ -141,12 +141,43 @@ def discrepancy_weights(scores_TN: Tensor, items_TK: Tensor, config: RankingConf
 
     Source: Tang and Wang, "Ranking Distillation", arXiv 1809.07428, whose ranks are estimated; these are exact.
     """
+    missed_TK = underestimated(scores_TN, items_TK, config.discrepancy)
+    weight_TK = missed_TK * position_weights(items_TK.shape[1], config.position_temperature, items_TK.device)
+    return weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=FLOOR)
+
+
+def underestimated(scores_TN: Tensor, items_TK: Tensor, steepness: float) -> Tensor:
+    """tanh(steepness * how many places the student ranks a candidate below the teacher), [T, K]; never below 0."""
     ascending_TN = scores_TN.sort(dim=1).values
     rank_TK = scores_TN.shape[1] + 1 - torch.searchsorted(ascending_TN, scores_TN.gather(1, items_TK), right=True)
     place_K = torch.arange(1, items_TK.shape[1] + 1, device=items_TK.device)
-    missed_TK = (config.discrepancy * (rank_TK - place_K)).clamp(min=0).tanh()
-    weight_TK = missed_TK * position_weights(len(place_K), config.position_temperature, items_TK.device)
-    return weight_TK / weight_TK.sum(1, keepdim=True).clamp(min=FLOOR)
+    return (steepness * (rank_TK - place_K)).clamp(min=0).tanh()
+
+
+def dual_correction(scores_TN: Tensor, items_TK: Tensor, steepness: float) -> Tensor:
+    """What the student ranks too low is drawn up in the teacher's order, above what it ranks too high; a sum over rows.
+
+    -log of the chance that the underestimated candidates u_1, u_2, ... are drawn in the teacher's order out of them and
+    the overestimated items o: sum_j log(sum_{i >= j} exp s(u_i) + sum_o exp s(o)) - s(u_j). Each u_j counts, and each
+    u_i and o competes, as much as the student misranks it.
+
+    Source: Lee and Kim, "Dual Correction Strategy for Ranking Distillation in Top-N Recommender System", arXiv
+    2109.03459, its user side. They draw items by their discrepancy, which is a weight here; a list tells the teacher's
+    rank of its K candidates, so of other items those can be overestimated that stand among the student's best K.
+    """
+    count = items_TK.shape[1]
+    with torch.no_grad():
+        under_TK = underestimated(scores_TN, items_TK, steepness)
+        best_TK = scores_TN.topk(count, dim=1).indices
+        strange_TK = (best_TK[:, :, None] != items_TK[:, None, :]).all(2)
+        gap_K = count + 1 - torch.arange(1, count + 1, device=items_TK.device)  # to the best rank that they can have
+        over_TK = strange_TK * (steepness * gap_K).tanh()
+    tiny = torch.finfo(torch.float32).tiny  # instead of 0, whose logarithm has no gradient
+    own_TK = scores_TN.gather(1, items_TK)
+    behind_TK = (own_TK + under_TK.clamp(min=tiny).log()).flip(1).logcumsumexp(1).flip(1)
+    rivals_TK = scores_TN.gather(1, best_TK) + over_TK.clamp(min=tiny).log()
+    both_TK = torch.logaddexp(behind_TK, rivals_TK.logsumexp(1, keepdim=True))
+    return (under_TK * (both_TK - own_TK)).sum()
 
 
 def robust_terms(scores_TN: Tensor, propensity_N: Tensor, temperature: float, items_TK: Tensor) -> Tensor:
@@ -182,6 +213,8 @@ def ranking_loss(
             places_K = torch.arange(1, own_TK.shape[1] + 1, device=own_TK.device)
             return weighted_ranknet(own_TK, places_K.expand(own_TK.shape)).sum()
         return listwise(own_TK, (-lists.distance_TK / config.temperature).log_softmax(1)) * config.temperature**2
+    if config.loss == "dcd":
+        return dual_correction(scores_TN, lists.items_TK, config.discrepancy)
     if config.loss == "rd":
         return -(discrepancy_weights(scores_TN, lists.items_TK, config) * F.logsigmoid(own_TK)).sum()
     weight_TK = importance_weights(scores_TN, lists, config).to(own_TK.dtype)

@@ -45,7 +45,7 @@ class DLLM2RecConfig:
     """A teacher, and what a student learns from it; the student's own settings are in `student`."""
 
     teacher: Path | None = None
-    """Run folder of the teacher: any model that scores the whole catalogue."""
+    """Run folder of the teacher: any model that scores the whole catalogue. Or what launch/label.py wrote of one."""
     teacher_k: int = 10
     """Items of each of its lists."""
     ranking: RankingConfig = field(default_factory=RankingConfig)
@@ -147,8 +147,9 @@ class DLLM2Rec(Recommender):
             return robust.weight * robust_C1.sum()
 
         def of_lists(scores_CN: Tensor, rows: slice) -> Tensor:
-            here = lists_of(batch).of(rows)
-            return ranking.weight * ranking_loss(scores_CN, here, ranking, robust, self.propensity_N)
+            here = lists_of(batch).of(rows)  # the first ones: labels without a list stand last
+            taught = scores_CN[: len(here.items_TK)]
+            return ranking.weight * ranking_loss(taught, here, ranking, robust, self.propensity_N)
 
         if robust.weight:
             terms.append(of_target)
@@ -176,14 +177,20 @@ class DLLM2Rec(Recommender):
 
 
 def lists_of(batch: SequenceBatch) -> Lists:
-    """Return a teacher's lists by column of scores that begin with item 1."""
+    """Return a teacher's lists by column of scores that begin with item 1: those of the first labels."""
     assert isinstance(batch, TaughtBatch)
     assert batch.targets is not None
     assert batch.candidates is not None
     assert batch.distances is not None
     assert batch.target_distances is not None
-    negatives = None if batch.label_negatives is None else batch.label_negatives - 1
-    return Lists(batch.candidates - 1, batch.distances, batch.targets - 1, batch.target_distances, negatives)
+    negatives, targets = batch.label_negatives, batch.targets[: len(batch.candidates)]
+    return Lists(
+        batch.candidates - 1,
+        batch.distances,
+        targets - 1,
+        batch.target_distances,
+        None if negatives is None else negatives - 1,
+    )
 
 
 def sum_of(terms: Sequence[losses.LossOfScores], scores_CN: Tensor, rows: slice) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.item_prompts import ItemPromptBatch, ItemPromptSettings
 
@@ -26,7 +26,6 @@ from .item_embeddings import (
     identity_map,
     put_vectors,
 )
-from .sequence_recommender import SequenceRecommender
 
 
 @dataclass
@@ -104,6 +103,11 @@ class ItemReader(Recommender):
         """Return [T, D] and [N + 1, D] whose products are the scores that states give to the items."""
         return self.output.operands(states_TH, slice(None))
 
+    @torch.no_grad()
+    def catalogue_vectors(self) -> Tensor:
+        """Return what the backbone reads of each item."""
+        return self.input.vectors()
+
     def read_vectors(self, batch: ItemPromptBatch, vectors_SH: Tensor) -> Tensor:
         """Return the states at the labelled slots, [T, H], where these vectors stand for the items."""
         body = causal_model(self.backbone)
@@ -139,15 +143,3 @@ def token_norm(backbone: Backbone) -> float:
     weight = causal_model(backbone).get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return float(weight.detach().float().norm(dim=1).mean())
-
-
-def item_vectors(model: nn.Module) -> Tensor:
-    """Return the item vectors [N + 1, D] of a trained recommender; raises ValueError where it has none."""
-    with torch.no_grad():
-        if isinstance(model, E4SRec):
-            return model.input.vectors()
-        if isinstance(model, SequenceRecommender):
-            return model.item_table.detach().clone()
-    raise ValueError(
-        "--method.sasrec names a run without item vectors: expected one of sasrec, gru4rec, lrurec or e4srec"
-    )

@@ -68,6 +68,10 @@ class SequenceRecommender(Recommender):
         """The item vectors that states are made of, [N + 1, H]; row 0 is padding."""
         return self.item_embedding.weight
 
+    def catalogue_vectors(self) -> Tensor:
+        """Return a copy of the item vectors that states are made of."""
+        return self.item_table.detach().clone()
+
     @property
     def output_table(self) -> Tensor:
         """The item vectors that states are matched with, [N + 1, H]: the same ones in a tied model."""

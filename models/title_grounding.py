@@ -100,7 +100,7 @@ class TitleGrounding(nn.Module):
         beams_kept = config.num_beams if config.beams == "all" else 1
         flat = [clean_title(grounding_text(text)) for beams in texts for text in beams[:beams_kept]]
         embedded = last_token_embeddings(backbone, self.tokenizer, flat)
-        title_NH = self._embedded_titles(backbone).to(embedded.device)
+        title_NH = self.embedded_titles(backbone).to(embedded.device)
         distance = grounding.title_distances(embedded.double(), title_NH.double(), config.distance)
         normalised = grounding.min_max(grounding.combine_beams(distance.unflatten(0, (len(texts), -1))))
         if config.match == "none":
@@ -137,7 +137,7 @@ class TitleGrounding(nn.Module):
     def chooses_gamma(self) -> bool:
         return self.config.injection != "none" and self.config.gamma is None
 
-    def _embedded_titles(self, backbone: Backbone) -> Tensor:
+    def embedded_titles(self, backbone: Backbone) -> Tensor:
         """Return [N, H]; those of a frozen base are the same for every run, so they are kept on disk.
 
         Not those of a base that ZeRO-3 spreads: no process alone could compute them, or know the base by its weights.

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.candidate_store import CandidateStore, training_cuts
+from data.candidate_store import CandidateStore, cut_rows, training_cuts
 from data.config import DataConfig
 from data.negatives import UniformNegatives
 from data.sources import read
 from data.splits import Split, split
 from data.taught_sequences import TaughtBatch, TaughtSequences
+from data.title_tokens import ranges
 
 K, WINDOW = 3, 8
 
@@ -31,9 +32,14 @@ def store_of(parts: Split) -> CandidateStore:
     return CandidateStore(items.astype(np.int32), scores.astype(np.float32))
 
 
-def taught(parts: Split, windows: str = "all", negatives: bool = True) -> TaughtSequences:
-    drawn = UniformNegatives(parts, 1, seed=5) if negatives else None
-    return TaughtSequences(parts, WINDOW, windows, None, store_of(parts), drawn)
+def taught(
+    parts: Split, windows: str = "all", negatives: bool = True, rows: np.ndarray | None = None
+) -> TaughtSequences:
+    """Of these rows, or all."""
+    drawn, store = UniformNegatives(parts, 1, seed=5) if negatives else None, store_of(parts)
+    rows = np.arange(len(store.items)) if rows is None else rows
+    lists = CandidateStore(store.items[rows], store.scores[rows])
+    return TaughtSequences(parts, WINDOW, windows, None, rows, lists, drawn)
 
 
 @pytest.mark.parametrize("windows", ["last", "all"])
@@ -63,6 +69,25 @@ def test_every_label_has_the_list_of_its_own_history(parts: Split, windows: str)
     torch.testing.assert_close(batch.target_distances[~odd], batch.distances[~odd, 0])
 
 
+def test_labels_without_a_list_stand_behind_those_with_one(parts: Split) -> None:
+    rows = np.sort(np.random.default_rng(1).permutation(len(training_cuts(parts)))[:150])
+    whole, some, indices = taught(parts), taught(parts, rows=rows), np.array([3, 11, 0, 19])
+    every, batch = whole.collate(indices, 0), some.collate(indices, 0)
+    assert batch.candidates is not None
+    assert every.candidates is not None
+    assert batch.count == every.count
+    told = len(batch.candidates)
+    assert 0 < told < batch.count
+    user, start, end = whole.spans[indices].T
+    asked = cut_rows(parts, np.repeat(user, end - start), ranges(start + 1, end - start))
+    first = np.flatnonzero(np.isin(asked, rows))
+    order = np.concatenate([first, np.flatnonzero(~np.isin(asked, rows))])
+    for name in ("labelled", "targets"):
+        assert torch.equal(getattr(batch, name), getattr(every, name)[order])
+    for name in ("candidates", "distances", "target_distances", "label_negatives"):
+        assert torch.equal(getattr(batch, name), getattr(every, name)[first]), name
+
+
 def test_no_held_out_event_is_asked_for(parts: Split) -> None:
     """Other validation and test targets change no batch, and a training part that claims them is refused."""
     held_out = np.concatenate([parts.offsets[t.user] + t.position for t in (parts.valid, parts.test)])
@@ -74,8 +99,9 @@ def test_no_held_out_event_is_asked_for(parts: Split) -> None:
     for name, tensor in vars(before.collate(everything, 1)).items():
         other = getattr(after.collate(everything, 1), name)
         assert torch.equal(tensor, other) if isinstance(tensor, torch.Tensor) else tensor == other, name
-    with pytest.raises(ValueError, match="rows, and training"):
-        TaughtSequences(replace(parts, train_end=parts.train_end + 1), WINDOW, "all", None, store_of(parts), None)
+    claimed = replace(parts, train_end=parts.train_end + 1)
+    with pytest.raises(ValueError, match="and training has"):
+        TaughtSequences(parts, WINDOW, "all", None, np.arange(len(training_cuts(claimed))), store_of(claimed), None)
     before.split = replace(parts, train_end=parts.train_end - 1)
     with pytest.raises(AssertionError, match="held-out"):
         before.collate(everything, 0)

@@ -14,7 +14,8 @@ from data.interactions import Interactions
 from data.splits import Split
 from evaluation.evaluator import Evaluator
 from launch import train
-from launch.candidates import Retriever
+from launch.candidates import Retriever, best_of
+from launch.earlier_runs import Asking
 from launch.loading import load_model, load_run, read_and_split
 from launch.setting import Setting
 from tests.conftest import forget_accelerator
@@ -104,7 +105,7 @@ def test_training_candidates_of_one_pass_are_those_of_a_pass_a_history(
         assert store.items[row].tolist() == items[:K].tolist()
         np.testing.assert_allclose(store.scores[row], best[:K], atol=1e-5)
     some = np.arange(3, len(cuts), 7)
-    part = retriever.ask_about(retriever.load(), parts, some, K)
+    part = best_of(retriever.load(), Asking.like([retriever.run]), parts, "train", K, some)
     assert np.array_equal(part.items, store.items[some])
     np.testing.assert_allclose(part.scores, store.scores[some], atol=1e-5)
 

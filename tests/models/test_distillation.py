@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ def test_each_weight_alone(scores: Tensor, lists: Lists, switched: str) -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, ROWS, 100])
-@pytest.mark.parametrize("loss", ["intended", "paper", "softmax", "rd", "listwise", "ranknet"])
+@pytest.mark.parametrize("loss", ["intended", "paper", "softmax", "rd", "dcd", "listwise", "ranknet"])
 def test_chunks_change_no_loss_and_no_gradient(lists: Lists, loss: str, chunk_rows: int) -> None:
     generator = torch.Generator().manual_seed(2)
     hidden, table = (
@@ -127,6 +128,27 @@ def test_ranking_distillation_weighs_what_the_student_ranks_too_low(scores: Tens
     rank = 1 + (scores[:, None, :] > scores.gather(1, lists.items_TK)[:, :, None]).sum(2)
     expected = (0.1 * (rank - torch.arange(1, K + 1))).clamp(min=0).tanh() * (-torch.arange(1.0, K + 1)).exp()
     torch.testing.assert_close(weights, expected / expected.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("steepness", [0.05, 1.0])
+def test_dual_correction_by_its_formula(scores: Tensor, lists: Lists, steepness: float) -> None:
+    config = replace(CONFIG, loss="dcd", discrepancy=steepness)
+    expected = torch.zeros((), dtype=scores.dtype)
+    for own, listed in zip(scores, lists.items_TK.tolist(), strict=True):
+        rank = {int(item): place for place, item in enumerate(own.argsort(descending=True), 1)}
+        low = [np.tanh(max(0, steepness * (rank[item] - place))) for place, item in enumerate(listed, 1)]
+        strange = [item for item in rank if rank[item] <= K and item not in listed]
+        high = sum(np.tanh(steepness * (K + 1 - rank[item])) * own[item].exp() for item in strange)
+        for place, item in enumerate(listed):
+            rivals = sum(low[i] * own[listed[i]].exp() for i in range(place, K)) + high
+            if low[place]:
+                expected += low[place] * (rivals.log() - own[item])
+    assert expected > 0
+    torch.testing.assert_close(
+        ranking_loss(scores, lists, config, RobustConfig(), PROPENSITY), expected, rtol=1e-5, atol=0
+    )
+    agreed = lists._replace(items_TK=scores.argsort(dim=1, descending=True)[:, :K])
+    assert ranking_loss(scores, agreed, config, RobustConfig(), PROPENSITY) == 0
 
 
 def test_listwise_is_smallest_where_both_agree(scores: Tensor, lists: Lists) -> None:

@@ -8,12 +8,14 @@ import torch
 from torch.nn.utils import parametrize
 
 from data.batches import EvaluationSequences, TrainingSequences
+from data.candidate_store import CandidateStore
 from data.config import DataConfig
 from data.negatives import UniformNegatives
 from data.sources import read
 from data.splits import Split, split
 from data.taught_sequences import TaughtSequences
 from launch.sequences import sequence_recommender
+from models import losses
 from models.distillation import RankingConfig, RobustConfig, ranking_loss, robust_terms
 from models.dllm2rec import DLLM2Rec, DLLM2RecConfig, VectorsConfig, lists_of
 from models.gru4rec import GRU4RecConfig
@@ -27,7 +29,7 @@ STUDENTS = [
     pytest.param(GRU4RecConfig(hidden_size=8, window=10, dropout=0.0), id="gru4rec"),
     pytest.param(LRURecConfig(hidden_size=8, window=10, dropout=0.0), id="lrurec"),
 ]
-LOSSES = ("intended", "paper", "published", "softmax", "rd", "listwise", "ranknet", "none")
+LOSSES = ("intended", "paper", "published", "softmax", "rd", "dcd", "listwise", "ranknet", "none")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,10 @@ def distilled(parts: Split, student: SequenceConfig, config: DLLM2RecConfig) -> 
     return DLLM2Rec(config, sequence_recommender(student, parts.num_items), counts, vectors)
 
 
-def examples(parts: Split) -> TaughtSequences:
-    return TaughtSequences(parts, 10, "all", None, store_of(parts), UniformNegatives(parts, 1, seed=0))
+def examples(parts: Split, rows: slice = slice(None)) -> TaughtSequences:
+    store = store_of(parts)
+    lists, negatives = CandidateStore(store.items[rows], store.scores[rows]), UniformNegatives(parts, 1, seed=0)
+    return TaughtSequences(parts, 10, "all", None, np.arange(len(store.items))[rows], lists, negatives)
 
 
 VECTORS = VectorsConfig(source="teacher")
@@ -71,12 +75,17 @@ def test_every_loss_teaches_the_lists(parts: Split, loss: str) -> None:
     assert taught[-1] < taught[0]
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(None, None, 3), slice(0, 0)], ids=["all", "a third", "none"])
 @pytest.mark.parametrize("loss", ["intended", "softmax", "none"])
-def test_what_is_added_to_the_students_own_loss(parts: Split, loss: str) -> None:
+def test_what_is_added_to_the_students_own_loss(
+    parts: Split, loss: str, rows: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of scores, one of which ends amid the labels that have lists."""
+    monkeypatch.setattr(losses.in_chunks, "__defaults__", (7,))  # rows
     student = SASRecConfig(hidden_size=8, window=10, dropout=0.0, initializer_range=0.5)
     ranking, robust = RankingConfig(loss=loss, weight=0.6), RobustConfig(0.3, 0.7)  # type: ignore[arg-type]
     model = distilled(parts, student, DLLM2RecConfig(ranking=ranking, robust=robust))
-    batch = examples(parts).collate(np.arange(8), 0)
+    batch = examples(parts, rows).collate(np.arange(8), 0)
     assert batch.labelled is not None
     assert batch.targets is not None
     scores = model.student.states(batch).flatten(0, 1)[batch.labelled] @ model.student.item_table[1:].T
@@ -84,7 +93,8 @@ def test_what_is_added_to_the_students_own_loss(parts: Split, loss: str) -> None
     if loss != "none":
         lists = lists_of(batch)
         assert torch.equal(lists.items_TK + 1, batch.candidates)
-        added = added + 0.6 * ranking_loss(scores, lists, ranking, robust, model.propensity_N)
+        assert batch.candidates is not None
+        added = added + 0.6 * ranking_loss(scores[: len(batch.candidates)], lists, ranking, robust, model.propensity_N)
     torch.testing.assert_close(model(batch).total, model.student(batch).total + added)
 
 
