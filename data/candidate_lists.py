@@ -1,6 +1,7 @@
 """Lists of candidates to be ranked at once: histories and candidates as item ids, and what was written as vectors."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from .descriptions import Descriptions
 from .draws import Draws
 from .prompt_rows import Rows
 from .splits import Phase, Split
-from .title_tokens import ranges
+from .texts import TextBatch
+from .title_tokens import TokenTable, ranges
 
 CUT = 0  # the number of an example's `Draws` that says where its history ends
 COUNT_FLAG = "--method.num_candidates"
@@ -26,13 +28,16 @@ class CandidateBatch:
     history: SequenceBatch  # the newest events before each target
     candidates: Tensor  # [B, C] int64
     texts: Tensor | None = None  # [B, 1 + L, T] float16: the user's text, then those of the history's items
+    tokens: TextBatch | None = None  # M distinct texts, instead of vectors where the encoder learns
+    places: Tensor | None = None  # [B, 1 + L] int64: the rows of `tokens`; 0 is no text
     answers: Tensor | None = None  # [B] int64, training only: the place of the target, NO_LABEL for none
     row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
     count: int = 0
 
     def to(self, device: torch.device) -> "CandidateBatch":
         """Return the same batch on `device`."""
-        return on_device(self, device)
+        moved = on_device(self, device)
+        return moved if self.tokens is None else replace(moved, tokens=self.tokens.to(device))
 
     def muted(self) -> "CandidateBatch":
         """Return the same batch without labels: it keeps a process in step and adds nothing to the loss."""
@@ -48,16 +53,37 @@ class TextVectors:
     items: np.ndarray  # [N + 1, T] float16
     users: np.ndarray  # [R + 1, T] float16
 
-    def of(self, history_BL: Tensor, user: np.ndarray, cut: np.ndarray) -> Tensor:
-        """The newest text of each user from before the cut, and those of the history's items, [B, 1 + L, T]."""
+    def of(self, history_BL: Tensor, user: np.ndarray, cut: np.ndarray) -> dict[str, Any]:
+        """Of a batch: the newest text of each user from before the cut, and those of the history's items."""
         users = self.users[self.descriptions.user_rows(user, cut)]
-        return torch.from_numpy(np.concatenate([users[:, None], self.items[history_BL.numpy()]], axis=1))
+        return {"texts": torch.from_numpy(np.concatenate([users[:, None], self.items[history_BL.numpy()]], axis=1))}
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The descriptions of a split as tokens, for an encoder that learns."""
+
+    descriptions: Descriptions
+    distinct: TokenTable  # row 0 is the empty text
+    items: np.ndarray  # [N + 1] int64: rows of `distinct`
+    users: np.ndarray  # [R + 1] int64
+
+    def of(self, history_BL: Tensor, user: np.ndarray, cut: np.ndarray) -> dict[str, Any]:
+        """Of a batch: as `TextVectors.of`, each distinct text once."""
+        users = self.users[self.descriptions.user_rows(user, cut)]
+        rows = np.concatenate([users[:, None], self.items[history_BL.numpy()]], axis=1)
+        read, places = np.unique(np.append(0, rows), return_inverse=True)
+        tokens = TextBatch.of([self.distinct[row] for row in read])
+        return {"tokens": tokens, "places": torch.from_numpy(places[1:].reshape(rows.shape))}
+
+
+Texts = TextVectors | TextTokens
 
 
 class CandidateLists:
     """Rows of a split; what training and evaluation share."""
 
-    def __init__(self, split: Split, rows: Rows, texts: TextVectors | None) -> None:
+    def __init__(self, split: Split, rows: Rows, texts: Texts | None) -> None:
         self.split, self.rows, self.texts = split, rows, texts
         self.lengths = rows.position - rows.start
 
@@ -66,8 +92,8 @@ class CandidateLists:
         rows = self.rows.take(events)
         counts = rows.position - rows.start
         history = sequences_of(self.split.items[ranges(self.split.offsets[rows.user] + rows.start, counts)], counts)
-        texts = None if self.texts is None else self.texts.of(history.items, rows.user, rows.position)
-        return CandidateBatch(history, torch.from_numpy(candidates.astype(np.int64)), texts)
+        texts = {} if self.texts is None else self.texts.of(history.items, rows.user, rows.position)
+        return CandidateBatch(history, torch.from_numpy(candidates.astype(np.int64)), **texts)
 
 
 class TrainingLists(CandidateLists):
@@ -84,7 +110,7 @@ class TrainingLists(CandidateLists):
         rows: Rows,
         num_candidates: int,
         seed: int,
-        texts: TextVectors | None,
+        texts: Texts | None,
         *,
         cuts: int | None = None,
         found: CandidateStore | None = None,
@@ -117,7 +143,12 @@ class EvaluationLists(CandidateLists):
     """The candidates [n, C] of each target of a phase, in their order."""
 
     def __init__(
-        self, split: Split, phase: Phase, history_length: int, candidates: np.ndarray, texts: TextVectors | None
+        self,
+        split: Split,
+        phase: Phase,
+        history_length: int,
+        candidates: np.ndarray,
+        texts: Texts | None,
     ) -> None:
         targets = split.targets(phase)
         start = np.maximum(targets.position - history_length, 0)

@@ -4,26 +4,30 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import nn
 
 from data.batches import Examples
-from data.candidate_lists import COUNT_FLAG, EvaluationLists, TextVectors, TrainingLists
+from data.candidate_lists import COUNT_FLAG, EvaluationLists, Texts, TextTokens, TextVectors, TrainingLists
 from data.candidate_rows import shuffled
 from data.descriptions import Descriptions, DescriptionSettings
 from data.draws import Draws
 from data.prompt_rows import PromptSettings, Rows, evaluation_rows, response_rows
 from data.splits import Phase, Split
+from data.title_tokens import TokenTable
 from evaluation.results import Evaluation
-from models.backbone import BackboneConfig, load_backbone
+from models.backbone import BackboneConfig, causal_model, load_backbone
 from models.devices import own_device
 from models.pretrained import load_saved_tokenizer
 from models.sequence_recommender import SequenceRecommender
-from models.text_vectors import text_vectors
+from models.text_encoder import TextEncoder
+from models.text_vectors import MAX_TOKENS, text_vectors
 from models.ur4rec.proxies import PreferenceSettings
 from models.ur4rec.reranking import MORE_PLACES, UR4Rec, UR4RecConfig, UR4RecPretrain, UR4RecPretrainConfig
 from trainers.runtime import best_precision
@@ -38,9 +42,10 @@ logger = logging.getLogger("shardrec")
 def build_ur4rec_pretrain(setting: Setting) -> Built:
     config: UR4RecPretrainConfig = setting.method
     texts_of = text_source(setting, config.preferences)
-    text_width = texts_of(setting.split).items.shape[1]
+    texts_of(setting.split)  # before anything is drawn for the weights
+    encoder = encoder_of(config.preferences)
     with seeded(setting.seed):
-        model = UR4RecPretrain(config, setting.catalog.num_items, text_width)
+        model = UR4RecPretrain(config, setting.catalog.num_items, width_of(texts_of(setting.split), encoder), encoder)
     if config.item_vectors is not None and setting.saved is None:
         with torch.no_grad():
             model.items.weight.copy_(vectors_of(config.item_vectors, setting, config.hidden_size))
@@ -64,8 +69,9 @@ def build_ur4rec(setting: Setting) -> Built:
             stage.report_ceiling()
     texts_of = text_source(setting, config.preferences) if config.augment else lambda split: None
     texts = texts_of(split)
+    encoder = None if texts is None else encoder_of(config.preferences)
     with seeded(setting.seed):
-        model = UR4Rec(config, setting.catalog.num_items, 0 if texts is None else texts.items.shape[1])
+        model = UR4Rec(config, setting.catalog.num_items, 0 if texts is None else width_of(texts, encoder), encoder)
     if setting.saved is None:
         begin(model, config, setting)
 
@@ -115,11 +121,21 @@ def begin(model: UR4Rec, config: UR4RecConfig, setting: Setting) -> None:
     earlier = setting.load_model(require_run(config.init, "init", setting).folder).model
     if not isinstance(earlier, UR4RecPretrain):
         raise ValueError(f"--method.init {config.init} is a run of another model: expected one of ur4rec-pretrain")
-    for name in ("hidden_size", "preferences"):
-        if getattr(earlier.config, name) != getattr(config, name):
+    theirs, own = earlier.config.preferences, config.preferences
+    if theirs.encoder_layers and not own.encoder_layers:
+        raise ValueError(
+            f"--method.init {config.init} has an encoder that learned: pass --method.preferences.encoder_layers "
+            f"{theirs.encoder_layers}"
+        )
+    compared = {
+        "hidden_size": (config.hidden_size, earlier.config.hidden_size),
+        "preferences": (own, replace(theirs, encoder_layers=own.encoder_layers)),
+    }
+    for name, (here, there) in compared.items():
+        if here != there:
             raise ValueError(
-                f"--method.{name} {getattr(config, name)} is not what --method.init {config.init} was trained with, "
-                f"{getattr(earlier.config, name)}: pass the same flags"
+                f"--method.{name} {here} is not what --method.init {config.init} was trained with, {there}: pass the "
+                "same flags"
             )
     model.begin_with(earlier)
 
@@ -137,27 +153,69 @@ def vectors_of(run: Path, setting: Setting, width: int) -> torch.Tensor:
     return model.item_table.detach().cpu()
 
 
-def text_source(setting: Setting, settings: PreferenceSettings) -> Callable[[Split], TextVectors]:
-    """A function from a split to its `TextVectors`, which it makes once."""
+def encoder_of(settings: PreferenceSettings) -> TextEncoder | None:
+    """The text encoder, where some of it learns."""
+    if not settings.encoder_layers:
+        return None
+    return learning_encoder(settings.encoder, settings.encoder_layers, "--method.preferences.encoder_layers")
 
-    def read(split: Split) -> TextVectors:
+
+def width_of(texts: Texts, encoder: TextEncoder | None) -> int:
+    """Numbers of a text's vector."""
+    if encoder is not None:
+        return encoder.width
+    assert isinstance(texts, TextVectors)
+    return texts.items.shape[1]
+
+
+def text_source(setting: Setting, settings: PreferenceSettings) -> Callable[[Split], Texts]:
+    """A function from a split to its texts as the model reads them, which it makes once."""
+
+    def read(split: Split) -> Texts:
         if settings.descriptions is None:
             found = Descriptions.of_templates(split, setting.catalog, DescriptionSettings())
         else:
             found = Descriptions.read(settings.descriptions, split, setting.catalog)
+        if settings.encoder_layers:
+            return tokens_of(found, settings.encoder)
         of_items = kept_vectors(found.item_texts, settings.encoder, setting.cache)
         if not split.hash:  # new histories are asked about once
             return TextVectors(found, of_items, vectors_now(found.user_texts, settings.encoder))
         return TextVectors(found, of_items, kept_vectors(found.user_texts, settings.encoder, setting.cache))
 
-    known: dict[int, tuple[Split, TextVectors]] = {}
+    known: dict[int, tuple[Split, Texts]] = {}
 
-    def texts_of(split: Split) -> TextVectors:
+    def texts_of(split: Split) -> Texts:
         if id(split) not in known:
             known[id(split)] = (split, read(split))
         return known[id(split)][1]
 
     return texts_of
+
+
+def tokens_of(found: Descriptions, encoder: str) -> TextTokens:
+    """The texts as tokens, each distinct one once."""
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(["", *found.item_texts, *found.user_texts]))}
+    items, users = (np.array([row_of[text] for text in texts]) for texts in (found.item_texts, found.user_texts))
+    return TextTokens(found, encoder_tokens(list(row_of), encoder), items, users)
+
+
+def encoder_tokens(texts: Sequence[str], encoder: str) -> TokenTable:
+    """The texts' tokens with the special ones around them; an empty text has those, too."""
+    tokenizer = load_saved_tokenizer(encoder)
+    return TokenTable.of(tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"])
+
+
+def learning_encoder(name: str, layers: int, flag: str) -> TextEncoder:
+    """A text encoder whose last layers learn, without dropout: most of it stays as it is."""
+    tokenizer, settings = load_saved_tokenizer(name), BackboneConfig(name=name, dtype="float32")
+    model = load_backbone(settings, tokenizer, seed=0, device="cpu", trainable=False, head=False)
+    every = max((m for m in causal_model(model).modules() if isinstance(m, nn.ModuleList)), key=len)
+    if not 1 <= layers <= len(every):
+        raise ValueError(f"{flag} {layers}: expected 1 to {len(every)}")
+    for layer in every[-layers:]:
+        layer.requires_grad_(True)
+    return TextEncoder(model, "mean")
 
 
 def kept_vectors(texts: Sequence[str], encoder: str, cache: Path) -> np.ndarray:

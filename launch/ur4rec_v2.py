@@ -24,18 +24,15 @@ from data.title_tokens import TokenTable
 from evaluation.metrics import per_user_metrics
 from evaluation.protocols import seen_pairs
 from evaluation.ranks import candidate_mask, count_among
-from models.backbone import BackboneConfig, causal_model, load_backbone
 from models.devices import gather_object
-from models.pretrained import load_saved_tokenizer
 from models.text_encoder import TextEncoder
-from models.text_vectors import MAX_TOKENS
 from models.ur4rec.v2 import UR4RecV2
 from models.ur4rec.v2_config import UR4RecV2Config
 
 from .earlier_runs import require_run
 from .llara import inner_sasrec
 from .setting import HISTORIES, Built, Setting
-from .ur4rec_lists import kept_vectors, seeded, vectors_now
+from .ur4rec_lists import encoder_tokens, kept_vectors, learning_encoder, seeded, vectors_now
 
 logger = logging.getLogger("shardrec")
 
@@ -130,8 +127,7 @@ class Texts:
 
     def tokens(self, texts: Sequence[str]) -> TokenTable:
         """The texts' tokens with the special ones around them; the first, empty text has some, too."""
-        tokenizer = load_saved_tokenizer(self.config.encoder)
-        return TokenTable.of(tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"])
+        return encoder_tokens(texts, self.config.encoder)
 
     def vectors(self, texts: Sequence[str], *, keep: bool = True) -> Tensor:
         """Return the texts as vectors [n, T] float16, empty ones as zeros; those of new histories are not kept."""
@@ -140,25 +136,9 @@ class Texts:
             kept_vectors(texts, encoder, self.setting.cache) if keep else vectors_now(texts, encoder)
         )
 
-    @property
-    def backbone(self) -> BackboneConfig:
-        return BackboneConfig(name=self.config.encoder, dtype="float32")
-
     def encoder(self) -> TextEncoder:
-        """The text encoder, of which the last layers learn, without dropout: most of it stays as it is."""
-        tokenizer = load_saved_tokenizer(self.config.encoder)
-        model = load_backbone(self.backbone, tokenizer, seed=0, device="cpu", trainable=False, head=False)
-        layers = layers_of(causal_model(model))
-        if not 1 <= self.config.encoder_layers <= len(layers):
-            raise ValueError(f"--method.encoder_layers {self.config.encoder_layers}: expected 1 to {len(layers)}")
-        for layer in layers[-self.config.encoder_layers :]:
-            layer.requires_grad_(True)
-        return TextEncoder(model, "mean")
-
-
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The longest list of modules inside a language model: its layers."""
-    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+        """The text encoder, of which the last layers learn."""
+        return learning_encoder(self.config.encoder, self.config.encoder_layers, "--method.encoder_layers")
 
 
 def saved_sizes(folder: Path, config: UR4RecV2Config, num_items: int) -> tuple[int, Tensor]:

@@ -30,4 +30,5 @@ def ur4rec(config: UR4RecConfig | UR4RecPretrainConfig, backbone: BackboneConfig
             count=rows,
         )
 
-    return Skeleton(model.train(), batch, config.num_candidates)
+    left_out = "the text encoder" if config.preferences.encoder_layers else ""
+    return Skeleton(model.train(), batch, config.num_candidates, left_out)

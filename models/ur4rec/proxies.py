@@ -16,7 +16,10 @@ class PreferenceSettings:
     descriptions: Path | None = None
     """Folder that launch/describe.py has written; texts by its default templates when not given."""
     encoder: str = "minilm"
-    """Frozen text encoder: minilm, a hub id or a folder. Each distinct text is encoded once, and kept in the cache."""
+    """Text encoder: minilm, a hub id or a folder."""
+    encoder_layers: int = 0
+    """Last layers of the encoder that learn, at a rate of their own with --train.lr_multipliers '{"encoder": 0.1}'. 0
+    leaves the encoder as it is: then each distinct text is encoded once, and its vector kept in the cache."""
     num_proxies: int = 8
     """Learned vectors that read the texts (published: 8 with a history of 10, 16 with 150)."""
     hidden_size: int = 128
@@ -34,6 +37,8 @@ class PreferenceSettings:
     """In the one pass, proxies also look at the candidates, as published; false keeps candidates from each other."""
 
     def __post_init__(self) -> None:
+        if self.encoder_layers < 0:
+            raise ValueError(f"--method.preferences.encoder_layers {self.encoder_layers}: expected at least 0")
         for name in ("num_proxies", "num_blocks", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--method.preferences.{name} {getattr(self, name)}: expected at least 1")

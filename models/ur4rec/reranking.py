@@ -18,6 +18,7 @@ from models.base import Loss, Recommender, Stage
 from models.gru4rec import GRU4Rec, GRU4RecConfig
 from models.sasrec import SASRec, SASRecConfig
 from models.sequence_recommender import SequenceConfig
+from models.text_encoder import TextEncoder
 
 from .proxies import PreferenceRetriever, PreferenceSettings
 from .rankers import DLCM, PRM, HistoryRanker, ListRanker, SetRank
@@ -112,22 +113,35 @@ def real_texts(batch: CandidateBatch) -> Tensor:
     return F.pad(batch.history.items > 0, (1, 0), value=True)
 
 
+def read_texts(batch: CandidateBatch, encoder: TextEncoder | None) -> Tensor | None:
+    """Return the texts as vectors of length 1, [B, 1 + L, T], zeros where there is none; by an encoder that learns."""
+    if encoder is None:
+        return batch.texts
+    assert batch.tokens is not None
+    assert batch.places is not None
+    vectors_MT = F.normalize(encoder.encode((batch.tokens,)), dim=1)
+    return F.embedding(batch.places, vectors_MT) * (batch.places > 0)[..., None]
+
+
 class UR4RecPretrain(Stage):
     """Aligns what proxies find in the texts with the items that are chosen next, L_CL + weight * L_CF."""
 
-    def __init__(self, config: UR4RecPretrainConfig, num_items: int, text_width: int) -> None:
+    def __init__(
+        self, config: UR4RecPretrainConfig, num_items: int, text_width: int, encoder: TextEncoder | None = None
+    ) -> None:
+        """`text_width` is that of the texts' vectors, which an `encoder` makes anew in every pass."""
         super().__init__()
-        self.config = config
+        self.config, self.encoder = config, encoder
         self.items = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
         self.retriever = PreferenceRetriever(config.preferences, config.hidden_size, text_width)
         self.match = nn.Linear(config.preferences.hidden_size, 1)
 
     def loss(self, batch: CandidateBatch) -> Loss:  # type: ignore[override]
         assert batch.answers is not None
-        items_BCH, real_BS = self.items(batch.candidates), real_texts(batch)
-        proxies_BKD = self.retriever(None, batch.texts, real_BS)
+        items_BCH, real_BS, texts = self.items(batch.candidates), real_texts(batch), read_texts(batch, self.encoder)
+        proxies_BKD = self.retriever(None, texts, real_BS)
         alone_BCD = self.retriever(items_BCH, None, None)
-        matches_BC = self.match(self.retriever(items_BCH, batch.texts, real_BS)).squeeze(-1).float()
+        matches_BC = self.match(self.retriever(items_BCH, texts, real_BS)).squeeze(-1).float()
         with torch.autocast(proxies_BKD.device.type, enabled=False):
             similar_BC = most_similar(proxies_BKD, alone_BCD) / self.config.temperature
             contrastive = contrastive_loss(similar_BC, batch.answers, self.config.denominator == "all")
@@ -175,9 +189,12 @@ def make_ranker(config: UR4RecConfig, num_items: int, said_width: int) -> ListRa
 class UR4Rec(Recommender):
     """A base ranker, with or without what the texts say of each candidate; all other items tie below."""
 
-    def __init__(self, config: UR4RecConfig, num_items: int, text_width: int) -> None:
+    def __init__(
+        self, config: UR4RecConfig, num_items: int, text_width: int, encoder: TextEncoder | None = None
+    ) -> None:
+        """As for `UR4RecPretrain`; without texts neither counts."""
         super().__init__()
-        self.config, self.num_items = config, num_items
+        self.config, self.num_items, self.encoder = config, num_items, encoder
         said_width = config.preferences.hidden_size if config.augment else 0
         self.ranker = make_ranker(config, num_items, said_width)
         self.retriever = PreferenceRetriever(config.preferences, config.hidden_size, text_width) if said_width else None
@@ -186,6 +203,8 @@ class UR4Rec(Recommender):
         """Take over what the first stage has learned."""
         assert self.retriever is not None
         self.retriever.load_state_dict(earlier.retriever.state_dict())
+        if self.encoder is not None and earlier.encoder is not None:
+            self.encoder.load_state_dict(earlier.encoder.state_dict())
         self.set_item_vectors(earlier.items.weight)
 
     @torch.no_grad()
@@ -196,7 +215,7 @@ class UR4Rec(Recommender):
         """Return the scores of each list, [B, C] float32."""
         items_BCH, said_BCD = self.ranker.item_embedding(batch.candidates), None
         if self.retriever is not None:
-            said_BCD = self.retriever(items_BCH, batch.texts, real_texts(batch))
+            said_BCD = self.retriever(items_BCH, read_texts(batch, self.encoder), real_texts(batch))
         return self.ranker(batch.history, items_BCH, said_BCD).float()
 
     def loss(self, batch: CandidateBatch) -> Loss:  # type: ignore[override]

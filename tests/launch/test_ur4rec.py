@@ -130,6 +130,47 @@ def test_texts_are_those_that_were_written(
     assert results(folder)["valid"]["loss"] > 0
 
 
+def test_an_encoder_that_learns_begins_as_the_frozen_one_and_goes_on_from_stage_to_stage(
+    trained: Path, pretrained: Path, flags: list[str], tmp_path: Path
+) -> None:
+    first = ["ur4rec-pretrain", f"--method.item_vectors={trained}"]
+    learns = [*flags, "--method.preferences.encoder_layers=2", "--train.eval_batch_size=64"]
+    frozen, same = (
+        trained_run(first[0], tmp_path / name, *rest, first[1], "--train.max_steps=0")
+        for name, rest in (("frozen", flags), ("same", learns))
+    )
+    # The vectors of a frozen encoder are kept as float16.
+    assert results(same)["valid"]["loss"] == pytest.approx(results(frozen)["valid"]["loss"], rel=2e-3)
+
+    stage = trained_run(first[0], tmp_path / "first", *learns, first[1], "--train.max_steps=3")
+    before, after = (load_run(folder).built.model for folder in (same, stage))
+    assert isinstance(after, UR4RecPretrain)
+    moved = {
+        int(name.split("layers.")[1].split(".")[0])
+        for (name, old), new in zip(
+            before.encoder.named_parameters(),
+            after.encoder.parameters(),
+            strict=True,  # type: ignore[union-attr]
+        )
+        if "layers." in name and not torch.equal(old, new)
+    }
+    assert moved == {3, 4}, "the last two of five layers"
+
+    lists = f"--method.num_candidates=20 --method.retriever={trained} --method.init={stage} --train.max_steps=0"
+    second = load_run(trained_run("ur4rec", tmp_path / "second", *learns, *lists.split())).built.model
+    assert isinstance(second, UR4Rec)
+    for ours, theirs in zip(second.encoder.parameters(), after.encoder.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.equal(ours, theirs)
+    forget_accelerator()
+    assert evaluate.main([f"--run={tmp_path / 'second'}"]) == 0
+    (again,) = (tmp_path / "second" / "evaluations").glob("*.json")
+    assert json.loads(again.read_text())["NDCG@10"] == pytest.approx(results(tmp_path / "second")["test"]["NDCG@10"])
+    with pytest.raises(SystemExit, match=r"--method\.preferences\.encoder_layers 2"):
+        trained_run("ur4rec", tmp_path / "other", *flags, *lists.split())
+    with pytest.raises(SystemExit, match="expected 1 to 5"):
+        trained_run(first[0], tmp_path / "many", *flags, "--method.preferences.encoder_layers=9")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
