@@ -99,6 +99,12 @@ class Contestant:
         self._process.stdin.flush()
         return self._answer()
 
+    def leave(self) -> None:
+        """Let it end, and give its memory back."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

@@ -1,12 +1,12 @@
 """BIGRec's fine-tuning with LoRA beside TRL's SFTTrainer and the Trainer of transformers: the same rows, labels on the
 response only.
 
-python benchmarks/fine_tuning.py          (three minutes on two cores)
+python benchmarks/fine_tuning.py          (four minutes on two cores)
 
 Each is a process of its own that trains with its own loop, an epoch of the same prompts of MovieLens 100K a turn, from
 the same weights, with the same adapter, batch, optimizer and precision. `dense` is our other way to train BIGRec, in
 which one causal pass trains every title of a user's history: other rows, so only its response tokens are compared
-(`--dense`; in float32 the four processes take more than 20 GB).
+(`--dense`).
 
 The backbone has the shape of SmolLM2-135M and random weights, which take as long as others and need no download; its
 tokenizer is that of all-MiniLM-L6-v2. `--backbone FOLDER` takes any causal language model in Hugging Face format.
@@ -79,25 +79,24 @@ def compete(backbone: Path, arguments: argparse.Namespace, folder: Path) -> None
     response = [*common, *RESPONSE.split(), f"--method.prompts.few_shot={arguments.rows}"]
     labels = write_rows(response, folder / "rows")
 
-    def ours(name: str, flags: list[str]) -> Contestant:
-        return Contestant([__file__, "worker", *flags, f"--output={folder / name}"], THREADS)
-
-    contestants = {"here": ours("response", response)}
-    if arguments.dense:
-        contestants["here, dense"] = ours("dense", common)
-    for peer in PEERS:
-        given = [str(backbone), str(folder / "rows"), precision, str(arguments.batch)]
-        contestants[peer] = Contestant([__file__, "worker", peer, *given], THREADS)
-
     def play(contestant: Contestant) -> Round:
         played = contestant.round(steps)
         seconds = played["seconds"] / played.get("labels", labels)
         growth = played["peak_memory"] - played["memory_before"]
         return played | {"per_token": 1e6 * seconds, "growth": growth / 1e6}
 
-    rounds = take_turns({name: partial(play, contestant) for name, contestant in contestants.items()}, repeats)
     comparisons, what = [], f"{backbone.name}, LoRA {precision}"
-    for peer in PEERS:
+    every: dict[str, list[Round]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for peer in PEERS:  # one after the other: in float32 all of them together do not fit into 24 GB
+        workers = {"here": response, "here, dense": common} if arguments.dense else {"here": response}
+        contestants = {
+            name: Contestant([__file__, "worker", *flags, f"--output={folder / peer / name}"], THREADS)
+            for name, flags in workers.items()
+        }
+        given = [str(backbone), str(folder / "rows"), precision, str(arguments.batch)]
+        contestants[peer] = Contestant([__file__, "worker", peer, *given], THREADS)
+        rounds = take_turns({name: partial(play, one) for name, one in contestants.items()}, repeats)
         loss = f"loss {rounds['here'][-1]['loss']:.2f} and {rounds[peer][-1]['loss']:.2f} after {repeats + 1} epochs"
         token, memory = f"{what}, a response token", f"{what}, memory of training"
         comparisons += [
@@ -107,12 +106,15 @@ def compete(backbone: Path, arguments: argparse.Namespace, folder: Path) -> None
         if arguments.dense:
             row = compare(rounds, token, "here, dense", peer, key="per_token", unit="µs", aim=None, beside="other rows")
             comparisons.append(row)
-    facts = {name: contestant.facts for name, contestant in contestants.items()}
+        every |= {f"{name}, beside {peer}": played for name, played in rounds.items()}
+        facts |= {name: one.facts for name, one in contestants.items()}
+        for one in contestants.values():
+            one.leave()
     sizes = {"backbone": backbone.name, "rows": arguments.rows, "batch": arguments.batch, "labels": labels}
     settings = {**sizes, "precision": precision, "contestants": facts}
     command = f"benchmarks/fine_tuning.py --precision {precision}" + " --dense" * arguments.dense
     command += "" if arguments.backbone is None else f" --backbone {backbone.name}"
-    keep(f"speed-fine-tuning-{backbone.name}-{precision}", command, settings, rounds, comparisons)
+    keep(f"speed-fine-tuning-{backbone.name}-{precision}", command, settings, every, comparisons)
 
 
 def write_rows(flags: list[str], folder: Path) -> int:

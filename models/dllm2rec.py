@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from data.batches import SequenceBatch
@@ -18,7 +19,15 @@ from data.taught_sequences import TaughtBatch
 
 from . import losses
 from .base import Loss, Recommender
-from .distillation import Lists, RankingConfig, RobustConfig, propensities, ranking_loss, robust_terms
+from .distillation import (
+    Lists,
+    RankingConfig,
+    RobustConfig,
+    importance_weights,
+    propensities,
+    ranking_loss,
+    robust_terms,
+)
 from .gru4rec import GRU4RecConfig
 from .lrurec import LRURecConfig
 from .sasrec import SASRecConfig
@@ -126,14 +135,39 @@ class DLLM2Rec(Recommender):
         assert batch.labelled is not None
         with parametrize.cached():  # the catalogue is projected once a pass, for all that is read and matched
             states_BLH = self.student.states(batch)
-            own = self.student.loss_of_states(states_BLH, batch)
             query_BLD, table_ND = self.student.operands(states_BLH)
+            query_TD = query_BLD.flatten(0, 1).index_select(0, batch.labelled)
+            if self._shares_softmax:
+                return self._loss_of_soft_labels(query_TD, table_ND[1:], batch)
+            own = self.student.loss_of_states(states_BLH, batch)
         terms = self._added_terms(batch)
         if not terms:
             return own
-        query_TD = query_BLD.flatten(0, 1).index_select(0, batch.labelled)
         added = losses.in_chunks(query_TD, table_ND[1:], lambda scores_CN, rows: sum_of(terms, scores_CN, rows))
         return Loss(own.total + added, own.count, {"student": own.total.detach(), "teacher": added.detach()})
+
+    @property
+    def _shares_softmax(self) -> bool:
+        """Whether the student's own loss and the lists need one softmax over the catalogue, and nothing else does."""
+        config, own = self.config, self.student.config.loss
+        return own == "cross-entropy" and config.ranking.loss == "softmax" and not config.robust.weight
+
+    def _loss_of_soft_labels(self, query_TD: Tensor, table_ND: Tensor, batch: SequenceBatch) -> Loss:
+        """Return the loss of both, where the lists are further labels of the student's own cross-entropy."""
+        assert batch.targets is not None
+        target_T1, ranking = batch.targets[:, None] - 1, self.config.ranking
+
+        def labels_of(scores_CN: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            here = lists_of(batch).of(rows)  # the first ones: labels without a list stand last
+            weight_TK = ranking.weight * importance_weights(scores_CN[: len(here.items_TK)], here, ranking)
+            without = (0, 0, 0, len(scores_CN) - len(weight_TK))
+            items_CK, weight_CK = F.pad(here.items_TK, without), F.pad(weight_TK, without)
+            return torch.cat([target_T1[rows], items_CK], 1), F.pad(weight_CK, (1, 0), value=1.0)
+
+        parts: list[Tensor] = []
+        total = losses.soft_cross_entropy(query_TD, table_ND, labels_of, parts)
+        each = torch.stack(parts).sum(0) if parts else total.detach().expand(2)
+        return Loss(total, batch.count, {"student": each[0], "teacher": each[1:].sum()})
 
     def _added_terms(self, batch: SequenceBatch) -> list[losses.LossOfScores]:
         """What is added to the student's own loss, as functions of scores [C, N] and their rows."""

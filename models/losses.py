@@ -57,15 +57,36 @@ def full_cross_entropy(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, ch
     For a catalogue pass the table without its padding row, and targets counted from there: `table[1:]`, `item - 1`.
     """
 
+    def target_of(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return target_T[rows, None], torch.ones_like(logits[:, :1])
+
+    return soft_cross_entropy(hidden_TH, table_NH, target_of, chunk_rows=chunk_rows)
+
+
+def soft_cross_entropy(
+    hidden_TH: Tensor,
+    table_NH: Tensor,
+    labels_of: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    parts: list[Tensor] | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Tensor:
+    """Sum of -w log softmax(h E^T)[c] over rows and their J labels c of weight w.
+
+    `labels_of` gives both, [C, J], for logits [C, N] and their rows. `parts` is told each label's sum over the rows of
+    a chunk, [J].
+    """
+
     def loss_of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        target = target_T[rows, None]
+        label, weight = labels_of(logits, rows)
         largest = logits.amax(dim=1, keepdim=True)
-        positive = logits.gather(1, target) - largest
+        of_labels = logits.gather(1, label) - largest
         exponentials = logits.sub_(largest).exp_()  # one exponential an entry serves the loss and the gradient
         normaliser = exponentials.sum(dim=1, keepdim=True)
-        loss = (normaliser.log() - positive).sum()
-        softmax = exponentials.div_(normaliser)
-        return loss, softmax.scatter_add_(1, target, torch.full_like(normaliser, -1))
+        each = (weight * (normaliser.log() - of_labels)).sum(0)
+        if parts is not None:
+            parts.append(each)
+        softmax = exponentials.div_(normaliser / weight.sum(1, keepdim=True))  # times the sum of the weights
+        return each.sum(), softmax.scatter_add_(1, label, -weight)
 
     return _in_chunks(hidden_TH, table_NH, loss_of_logits, chunk_rows)
 

@@ -76,26 +76,35 @@ def test_every_loss_teaches_the_lists(parts: Split, loss: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [slice(None), slice(None, None, 3), slice(0, 0)], ids=["all", "a third", "none"])
+@pytest.mark.parametrize("robust", [0.3, 0.0])
 @pytest.mark.parametrize("loss", ["intended", "softmax", "none"])
 def test_what_is_added_to_the_students_own_loss(
-    parts: Split, loss: str, rows: slice, monkeypatch: pytest.MonkeyPatch
+    parts: Split, loss: str, robust: float, rows: slice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks of scores, one of which ends amid the labels that have lists."""
     monkeypatch.setattr(losses.in_chunks, "__defaults__", (7,))  # rows
+    monkeypatch.setattr(losses.soft_cross_entropy, "__defaults__", (None, 7))
     student = SASRecConfig(hidden_size=8, window=10, dropout=0.0, initializer_range=0.5)
-    ranking, robust = RankingConfig(loss=loss, weight=0.6), RobustConfig(0.3, 0.7)  # type: ignore[arg-type]
-    model = distilled(parts, student, DLLM2RecConfig(ranking=ranking, robust=robust))
+    ranking, dros = RankingConfig(loss=loss, weight=0.6), RobustConfig(robust, 0.7)  # type: ignore[arg-type]
+    model = distilled(parts, student, DLLM2RecConfig(ranking=ranking, robust=dros))
     batch = examples(parts, rows).collate(np.arange(8), 0)
     assert batch.labelled is not None
     assert batch.targets is not None
     scores = model.student.states(batch).flatten(0, 1)[batch.labelled] @ model.student.item_table[1:].T
-    added = 0.3 * robust_terms(scores, model.propensity_N, 0.7, batch.targets[:, None] - 1).sum()
+    added = robust * robust_terms(scores, model.propensity_N, 0.7, batch.targets[:, None] - 1).sum()
     if loss != "none":
         lists = lists_of(batch)
         assert torch.equal(lists.items_TK + 1, batch.candidates)
         assert batch.candidates is not None
-        added = added + 0.6 * ranking_loss(scores[: len(batch.candidates)], lists, ranking, robust, model.propensity_N)
-    torch.testing.assert_close(model(batch).total, model.student(batch).total + added)
+        added = added + 0.6 * ranking_loss(scores[: len(batch.candidates)], lists, ranking, dros, model.propensity_N)
+    ours, expected = model(batch), model.student(batch).total + added
+    torch.testing.assert_close(ours.total, expected)
+    if ours.parts:
+        torch.testing.assert_close(ours.parts["student"] + ours.parts["teacher"], expected.detach())
+        torch.testing.assert_close(ours.parts["teacher"], added.detach())
+    weights = [*model.parameters()]
+    for one, other in zip(*(torch.autograd.grad(total, weights) for total in (ours.total, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "input only"])
