@@ -42,9 +42,20 @@ class SequenceBatch:
         return replace(self, labelled=self.labelled[:0], targets=self.targets[:0], count=0)
 
 
+def padded_length(longest: int, most: int | None = None) -> int:
+    """Return the length to pad a batch to: one of eight in an octave, and not above `most` where `longest` is not.
+
+    So batches have few shapes. oneDNN builds a kernel for each new shape of a bfloat16 product, and on CPUs with AMX
+    that takes longer than most of our products; GPUs want rows of such lengths, too.
+    """
+    step = 1 << max(0, longest.bit_length() - 4)
+    padded = -(-longest // step) * step
+    return padded if most is None else max(longest, min(padded, most))
+
+
 def sequences_of(items: np.ndarray, lengths: np.ndarray) -> SequenceBatch:
     """Return histories that stand one behind the other, [sum of lengths], as rows."""
-    padded = np.zeros((len(lengths), max(1, int(lengths.max()))), dtype=np.int64)
+    padded = np.zeros((len(lengths), padded_length(max(1, int(lengths.max())))), dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = items
     return SequenceBatch(torch.from_numpy(padded), torch.from_numpy(lengths))
 
@@ -149,7 +160,7 @@ class TrainingSequences:
     def collate(self, indices: np.ndarray, epoch: int, progress: float = 0.0) -> SequenceBatch:
         spans = self.spans[indices]
         lengths = self.lengths[indices]
-        items = np.zeros((len(indices), int(lengths.max())), dtype=np.int64)
+        items = np.zeros((len(indices), padded_length(int(lengths.max()), self.window)), dtype=np.int64)
         targets = []
         for i, (user, start, end) in enumerate(spans):
             sequence = self.split.history(int(user), int(end) + 1)
@@ -177,7 +188,8 @@ class EvaluationSequences:
 
     def collate(self, indices: np.ndarray, epoch: int = 0, progress: float = 0.0) -> SequenceBatch:
         lengths = self.lengths[indices]
-        items = np.zeros((len(indices), max(1, int(lengths.max()))), dtype=np.int64)
+        longest = max(1, int(lengths.max()))
+        items = np.zeros((len(indices), padded_length(longest, self.window)), dtype=np.int64)
         for i, (case, length) in enumerate(zip(indices, lengths, strict=True)):
             history = self.split.history(int(self.cases.user[case]), int(self.cases.position[case]))
             items[i, :length] = history[len(history) - length :]
@@ -256,7 +268,7 @@ class EvaluationPrompts:
 
 def pad(sequences: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[np.ndarray, np.ndarray]:
     """Return [B, L] int64 token ids, padded with 0, and their attention mask."""
-    ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
+    ids = np.zeros((len(sequences), padded_length(max(map(len, sequences)))), dtype=np.int64)
     mask = np.zeros_like(ids)
     for i, sequence in enumerate(sequences):
         place = slice(0, len(sequence)) if side == "right" else slice(ids.shape[1] - len(sequence), None)

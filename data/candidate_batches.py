@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .batches import PromptBatch, SequenceBatch, sequences_of
+from .batches import PromptBatch, SequenceBatch, padded_length, sequences_of
 from .candidate_rows import HYBRID, TEXT, CandidateSettings, UnseenCandidates, shuffled
 from .candidate_tokens import SLOT_TOKEN, CandidateEncoder, CandidateRows, Shown
 from .draws import Draws
@@ -143,7 +143,7 @@ class EvaluationCandidates(CandidatePrompts):
 def _padded(rows: CandidateRows, side: Literal["left", "right"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids and attention mask, [B, L] int64, and where the slots are in the flattened ids, [S]."""
     lengths = rows.tokens.lengths
-    width = int(lengths.max())
+    width = padded_length(int(lengths.max()))
     first = width - lengths if side == "left" else np.zeros_like(lengths)
     position = np.arange(width)
     real = (position >= first[:, None]) & (position < (first + lengths)[:, None])

@@ -28,11 +28,11 @@ class CandidateBatch:
     history: SequenceBatch  # the newest events before each target
     candidates: Tensor  # [B, C] int64
     texts: Tensor | None = None  # [B, 1 + L, T] float16: the user's text, then those of the history's items
-    tokens: TextBatch | None = None  # M distinct texts, instead of vectors where the encoder learns
-    places: Tensor | None = None  # [B, 1 + L] int64: the rows of `tokens`; 0 is no text
     answers: Tensor | None = None  # [B] int64, training only: the place of the target, NO_LABEL for none
     row: Tensor | None = None  # [B] int64, evaluation only: index into split.targets(phase)
     count: int = 0
+    tokens: TextBatch | None = None  # M distinct texts, instead of vectors where the encoder learns
+    places: Tensor | None = None  # [B, 1 + L] int64: the rows of `tokens`; 0 is no text
 
     def to(self, device: torch.device) -> "CandidateBatch":
         """Return the same batch on `device`."""

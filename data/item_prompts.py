@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batches import SequenceBatch, on_device, sequences_of
+from .batches import SequenceBatch, on_device, padded_length, sequences_of
 from .interactions import Catalog
 from .prompts import title_texts
 from .title_tokens import TokenTable, encode
@@ -162,7 +162,7 @@ class ItemPromptLayout:
         before = self.before[-1:] if self.shares_prefix else self.before
         gaps = self._gaps(histories)
         lengths = self.lengths(histories) + gaps
-        ids = np.zeros((len(histories), int(lengths.max())), np.int64)
+        ids = np.zeros((len(histories), padded_length(int(lengths.max()))), np.int64)
         mask = np.zeros_like(ids)
         slots, ends = [], []
         for i, (items, gap) in enumerate(zip(histories, gaps, strict=True)):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import SequenceBatch, on_device, sequences_of
+from .batches import SequenceBatch, on_device, padded_length, sequences_of
 from .candidate_rows import shuffled
 from .candidate_store import CandidateStore, cut_rows
 from .draws import Draws
@@ -112,7 +112,7 @@ class TrainingLists:
             answers.append(answer)
         context = np.array(list(map(len, prompts)))
         length = context + np.array(list(map(len, answers)))
-        place = np.arange(length.max())
+        place = np.arange(padded_length(int(length.max())))
         real, answered = place < length[:, None], (place >= context[:, None]) & (place < length[:, None])
         input_ids = np.zeros(real.shape, dtype=np.int64)
         input_ids[real] = [token for row in zip(prompts, answers, strict=True) for ids in row for token in ids]

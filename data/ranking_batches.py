@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import NO_LABEL, on_device
+from .batches import NO_LABEL, on_device, padded_length
 from .candidate_rows import UnseenCandidates, shuffled
 from .candidate_store import CandidateStore, cut_rows
 from .draws import Draws
@@ -220,7 +220,7 @@ class Padded(NamedTuple):
         """Pad on a side; `answer` [R] are tokens that follow the prompts."""
         lengths = rows.tokens.lengths
         total = lengths + (answer is not None)
-        width, row = int(total.max()), np.arange(len(lengths))
+        width, row = padded_length(int(total.max())), np.arange(len(lengths))
         first = width - total if side == "left" else np.zeros_like(lengths)
         place = np.arange(width) - first[:, None]
         ids = np.full(place.shape, SLOT_TOKEN, dtype=np.int64)

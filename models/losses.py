@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.batches import padded_length
+
 CHUNK_ROWS = 1024  # rows of logits alive at once: [1024, 3417] float32 is 14 MB, which stays in a CPU's cache
 
 
@@ -34,10 +36,15 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, len(hidden_TH), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden = hidden_TH[rows]
-            loss, grad = loss_of_logits((hidden @ table_NH.T).to(total.dtype), rows)
-            grad = grad.to(hidden.dtype)
+            count = len(hidden)
+            if spare := padded_length(count, chunk_rows) - count:  # so that the last chunk has one of few shapes
+                hidden = F.pad(hidden, (0, 0, 0, spare))
+            loss, grad = loss_of_logits((hidden @ table_NH.T)[:count].to(total.dtype), rows)
+            grad = F.pad(grad.to(hidden.dtype), (0, 0, 0, spare)) if spare else grad.to(hidden.dtype)
             total += loss
-            if grad_hidden is not None:
+            if grad_hidden is not None and spare:
+                grad_hidden[rows] = (grad @ table_NH)[:count]
+            elif grad_hidden is not None:
                 torch.mm(grad, table_NH, out=grad_hidden[rows])
             if grad_table is not None:
                 grad_table += grad.T @ hidden

@@ -16,6 +16,7 @@ from data.batches import (
     PromptBatch,
     TrainingPrompts,
     TrainingSequences,
+    padded_length,
 )
 from data.config import DataConfig
 from data.interactions import Catalog
@@ -278,3 +279,13 @@ def test_evaluation_prompts_end_where_the_answer_begins(sample, catalog, tokeniz
         shown = [text.index(catalog.titles[item]) for item in newest]
         assert shown == sorted(shown), "oldest first"
         assert catalog.titles[sample.target_items(phase)[index]] not in text
+
+
+def test_batches_are_padded_to_few_lengths() -> None:
+    lengths = [padded_length(longest) for longest in range(1, 513)]
+    assert all(longest <= length < 9 / 8 * longest + 1 for longest, length in enumerate(lengths, 1))
+    assert len(set(lengths)) == 56
+    assert all(lengths[2**power - 1] == 2**power for power in range(10)), "what models have room for"
+    assert padded_length(199, 200) == 200 == padded_length(200, 200)
+    assert padded_length(150, 200) == 160
+    assert padded_length(201, 200) == 201

@@ -282,10 +282,10 @@ def test_evaluation_offers_the_frozen_candidates(split, tiny) -> None:
 
 def test_the_oldest_items_go_where_a_prompt_is_too_long(split, tiny) -> None:
     whole_batch = training(split, tiny).collate(np.array([20]), 0)
-    length = whole_batch.input_ids.shape[1]
+    length = int(whole_batch.attention_mask.sum())
     items = whole_batch.history.items[0]
     short = training(split, tiny, max_length=length - 1).collate(np.array([20, 21]), 0)
-    assert short.input_ids.shape[1] <= length - 1
+    assert short.attention_mask.sum(1).max() <= length - 1
     kept = int(short.history.lengths[0])
     assert short.history.items[0, :kept].tolist() == items[-kept:].tolist()
     assert vectors_of(short, 0)[1] == [*items[-kept:].tolist(), *whole_batch.candidates[0].tolist()]

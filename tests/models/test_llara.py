@@ -98,15 +98,15 @@ def lengthened(sample: Sample, model: LLaRA, candidates: np.ndarray | None = Non
 
 
 def log_probabilities(model: LLaRA, batch: PromptBatch, tokens: list[int]) -> Tensor:
-    """log p of what follows the prompt and each of `tokens`, [1 + tokens, V]: one row, no padding, no cache."""
-    assert batch.attention_mask.all()
+    """log p of what follows the prompt and each of `tokens`, [1 + tokens, V]: one row, without its pads, no cache."""
+    real, length = batch.attention_mask[0].bool(), int(batch.attention_mask.sum())
     decoder = decoder_of(model.backbone)
     with model.adapted(batch), torch.no_grad():
-        embeds = [model.embed(batch)]
+        embeds = [model.embed(batch)[:, real]]
         if tokens:
             embeds.append(causal_model(model.backbone).get_input_embeddings()(torch.tensor([tokens])))
         states = decoder.body(inputs_embeds=torch.cat(embeds, dim=1), use_cache=False).last_hidden_state[0]
-        return decoder.head(states[batch.input_ids.shape[1] - 1 :]).log_softmax(-1)
+        return decoder.head(states[length - 1 :]).log_softmax(-1)
 
 
 CASES = [
