@@ -88,9 +88,14 @@ def count_among(scores_BN: Tensor, target_B: Tensor, allowed_BN: Tensor) -> Rank
     if not valid_B.all():
         raise InvalidScoresError(torch.nonzero(~valid_B).flatten().tolist())
     target_score_B1 = scores_BN.gather(1, target_B[:, None])
-    greater_B = ((scores_BN > target_score_B1) & allowed_BN).sum(dim=1)
-    equal_B = ((scores_BN == target_score_B1) & allowed_BN).sum(dim=1) - 1  # the target equals itself
-    return RankCounts(greater_B, equal_B, allowed_BN.sum(dim=1))
+    greater_B = _count((scores_BN > target_score_B1) & allowed_BN)
+    equal_B = _count((scores_BN == target_score_B1) & allowed_BN) - 1  # the target equals itself
+    return RankCounts(greater_B, equal_B, _count(allowed_BN))
+
+
+def _count(mask_BN: Tensor) -> Tensor:
+    """True entries of each row, int64; summed as bytes into 32 bits, which takes half as long as a sum of bool."""
+    return mask_BN.view(torch.int8).sum(dim=1, dtype=torch.int32).long()
 
 
 def top_items(scores_BN: Tensor, allowed_BN: Tensor, k: int) -> Tensor:
