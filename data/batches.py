@@ -46,7 +46,7 @@ def padded_length(longest: int, most: int | None = None) -> int:
     """Return the length to pad a batch to: one of eight in an octave, and not above `most` where `longest` is not.
 
     So batches have few shapes. oneDNN builds a kernel for each new shape of a bfloat16 product, and on CPUs with AMX
-    that takes longer than most of our products; GPUs want rows of such lengths, too.
+    that takes longer than most of our products.
     """
     step = 1 << max(0, longest.bit_length() - 4)
     padded = -(-longest // step) * step
@@ -54,8 +54,11 @@ def padded_length(longest: int, most: int | None = None) -> int:
 
 
 def sequences_of(items: np.ndarray, lengths: np.ndarray) -> SequenceBatch:
-    """Return histories that stand one behind the other, [sum of lengths], as rows."""
-    padded = np.zeros((len(lengths), padded_length(max(1, int(lengths.max())))), dtype=np.int64)
+    """Return histories that stand one behind the other, [sum of lengths], as rows no longer than the longest one.
+
+    They go through models that know a window only.
+    """
+    padded = np.zeros((len(lengths), max(1, int(lengths.max()))), dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = items
     return SequenceBatch(torch.from_numpy(padded), torch.from_numpy(lengths))
 

@@ -81,7 +81,8 @@ class CandidateStore:
 
 def store_name(split: Split, phase: StoredPhase, k: int, retriever: str) -> str:
     """A name for all that the candidates depend on; `retriever` is its checksum."""
-    digest = hashlib.sha256(f"{retriever} {split.hash} {phase} {k} overlapping ".encode())
+    windows = "overlapping " if phase == "train" else ""
+    digest = hashlib.sha256(f"{retriever} {split.hash} {phase} {k} {windows}".encode())
     rows = rows_of(split, phase)
     for array in (split.items, split.offsets, rows.user, rows.position):
         digest.update(array.astype(np.int64).tobytes())

@@ -16,7 +16,7 @@ from .title_tokens import ranges
 
 @dataclass(frozen=True)
 class TaughtBatch(SequenceBatch):
-    """Item histories whose first T labels have a list of candidates each, best first."""
+    """Item histories whose first T of all labels have a list of candidates each, best first."""
 
     candidates: Tensor | None = None  # [T, K] int64
     distances: Tensor | None = (
@@ -41,7 +41,7 @@ class TaughtSequences(TrainingSequences):
     """`TrainingSequences` with a store of candidates for the rows [n] of `training_cuts`.
 
     No row asks for an event of validation or test, and none was answered from a history that holds one.
-    `label_negatives` draws a negative for every label. Labels that have no list stand behind those that have one.
+    Labels that have no list stand behind those that have one, for each of which `label_negatives` draws a negative.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,11 +73,8 @@ class Retriever:
 
     @cached_property
     def checksum(self) -> str:
-        """sha256 of its weights and settings: an ensemble of fixed weights has no other weights than its members'."""
-        digest = hashlib.sha256((self.run.folder / "model" / "config.json").read_bytes())
-        with open(self.run.folder / "model" / "model.safetensors", "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        """Of its weights and settings."""
+        return checksum_of(self.run.folder)
 
     def candidates(self, split: Split, phase: StoredPhase, k: int) -> CandidateStore:
         """The top k for each row of a phase, the same on every process. Collective.
@@ -119,17 +116,31 @@ class Retriever:
         return best_of(self.load(), self._asking, split, phase, k)
 
 
+def checksum_of(run: Path) -> str:
+    """sha256 of a run's weights and settings: an ensemble of fixed weights has no other weights than its members'."""
+    digest = hashlib.sha256((run / "model" / "config.json").read_bytes())
+    with open(run / "model" / "model.safetensors", "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def best_of(
-    built: Built, asking: Asking, split: Split, phase: StoredPhase, k: int, rows: np.ndarray | None = None
+    built: Built,
+    asking: Asking,
+    split: Split,
+    phase: StoredPhase,
+    k: int,
+    rows: np.ndarray | None = None,
+    each: Callable[[Iterator[Top]], Iterator[Top]] = iter,
 ) -> CandidateStore:
     """Return a loaded model's best k for each row of a phase; of phase train, for these `rows`, which ascend.
 
-    Every process asks about its share, and all get all. Collective.
+    Every process asks about its share, and all get all; `each` sees what is found as it is found. Collective.
     """
     if phase != "train":
         count = len(rows_of(split, phase))
-        return gathered(_each_row(built, asking, split, phase, np.arange(count), k), count)
+        return gathered(each(_each_row(built, asking, split, phase, np.arange(count), k)), count)
     cuts = training_cuts(split)
     rows = np.arange(len(cuts)) if rows is None else rows
     if built.every_position is not None:
@@ -137,7 +148,7 @@ def best_of(
     else:
         asked = as_test(split, Targets(cuts.user[rows], cuts.position[rows]))
         tops = _each_row(built, asking, asked, SEEN_IN_TRAINING, rows, k)
-    return gathered(tops, len(rows))
+    return gathered(each(tops), len(rows))
 
 
 def _each_row(built: Built, asking: Asking, split: Split, phase: Phase, rows: np.ndarray, k: int) -> Iterator[Top]:

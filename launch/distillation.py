@@ -91,7 +91,7 @@ def teacher_of(config: DLLM2RecConfig, setting: Setting) -> Teacher:
     if not (config.teacher / MANIFEST).is_file():
         return TeachingRun(config.teacher, setting)
     folder = TeacherFolder(config.teacher, setting.split, setting.catalog)
-    folder.require_lists(config.teacher_k)
+    folder.require_lists(0 if config.ranking.loss == "none" else config.teacher_k)
     return WrittenTeacher(folder)
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 
 from data.candidate_store import training_cuts
 from data.splits import Split
@@ -11,10 +12,12 @@ from data.teacher_lists import Manifest, TeacherFolder
 from evaluation.run_folders import load_run as read_run
 from trainers.runtime import Runtime
 
-from .candidates import best_of
+from .candidates import best_of, checksum_of
 from .earlier_runs import Asking
 from .loading import LoadedRun
 from .setting import CannotRank
+
+WINDOWS_ANSWER = 16  # times as many lists go to a file where one pass answers a whole window: it takes seconds then
 
 
 def write_lists(
@@ -30,34 +33,47 @@ def write_lists(
     except CannotRank as error:
         sys.exit(f"error: --run {run.folder.path}: {error}")
     folder = TeacherFolder(output, parts, run.catalog)
-    items, name = Manifest.checksum(run.catalog), run.folder.path.name
-    manifest = Manifest(parts.hash, items, run.config.model, name, run.checksum, k, cuts)
-    folder.require(manifest)
-    rows = missing_rows(folder, parts, cuts)
-    runtime.wait()  # everybody has read what the main process now adds to
-    if runtime.is_main:
-        folder.begin(manifest)
+    manifest = folder.described(run.config.model, run.folder.path.name, checksum_of(run.folder.path)[:16], k, cuts)
+    rows = told_by_main(folder, manifest, runtime)
     model = run.built.model.to(runtime.device).requires_grad_(False).eval()
-    asking, total = Asking.like([read_run(run.folder.path)]), len(rows)
+    asking, total, watchdog = Asking.like([read_run(run.folder.path)]), len(rows), runtime.watchdog
+    at_once *= 1 if run.built.every_position is None else WINDOWS_ANSWER
     for start in range(0, total, at_once):
+        watchdog.arrive(f"list {start}")
         some = rows[start : start + at_once]
-        store = best_of(run.built, asking, parts, "train", k, some).require_full("--k")
+        store = best_of(run.built, asking, parts, "train", k, some, watchdog.each).require_full("--k")
+        runtime.on_main(lambda some=some, store=store: folder.add(manifest, some, store))  # type: ignore[misc]
         if runtime.is_main:
-            folder.add(some, store)
             written = start + len(some)
             print(f"\r{written:,} of {total:,} lists", end="\n" if written == total else "", flush=True)
     vectors = model.catalogue_vectors()
+    runtime.on_main(lambda: folder.finish(manifest, vectors))
     if runtime.is_main:
-        folder.finish(vectors)
         width = "no item vectors" if vectors is None else f"item vectors of {vectors.shape[1]} numbers"
         print(f"{folder.manifest.rows:,} lists of {k} and {width} in {output}")
 
 
-def missing_rows(folder: TeacherFolder, parts: Split, last: int | None) -> np.ndarray:
+def told_by_main(folder: TeacherFolder, manifest: Manifest, runtime: Runtime) -> np.ndarray:
+    """The rows of `training_cuts` that have no list yet, as the main process finds them in its folder. Collective."""
+    told: list[np.ndarray | str | None] = [None]
+    if runtime.is_main:
+        try:
+            folder.require(manifest)
+            told = [missing_rows(folder, manifest.cuts)]
+        except ValueError as error:
+            told = [str(error)]
+    (found,) = broadcast_object_list(told)
+    if isinstance(found, str):
+        raise ValueError(found)
+    assert found is not None
+    return found
+
+
+def missing_rows(folder: TeacherFolder, last: int | None) -> np.ndarray:
     """The rows of `training_cuts` that are asked for and have no list yet, which ascend."""
-    cuts = training_cuts(parts)
+    cuts = training_cuts(folder.split)
     asked = np.ones(len(cuts), dtype=bool)
     if last is not None:
-        asked = parts.train_end[cuts.user] - cuts.position <= last
+        asked = folder.split.train_end[cuts.user] - cuts.position <= last
     asked[folder.rows()] = False
     return np.flatnonzero(asked)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from data.title_tokens import TokenTable
 from evaluation.results import Evaluation
 from models.backbone import BackboneConfig, causal_model, load_backbone
 from models.devices import own_device
-from models.pretrained import load_saved_tokenizer
+from models.pretrained import load_saved_tokenizer, set_dropout
 from models.sequence_recommender import SequenceRecommender
 from models.text_encoder import TextEncoder
 from models.text_vectors import MAX_TOKENS, text_vectors
@@ -122,10 +122,10 @@ def begin(model: UR4Rec, config: UR4RecConfig, setting: Setting) -> None:
     if not isinstance(earlier, UR4RecPretrain):
         raise ValueError(f"--method.init {config.init} is a run of another model: expected one of ur4rec-pretrain")
     theirs, own = earlier.config.preferences, config.preferences
-    if theirs.encoder_layers and not own.encoder_layers:
+    if own.encoder_layers < theirs.encoder_layers:  # a run saves the layers that it trains
         raise ValueError(
-            f"--method.init {config.init} has an encoder that learned: pass --method.preferences.encoder_layers "
-            f"{theirs.encoder_layers}"
+            f"--method.init {config.init} has an encoder whose last layers learned: pass "
+            f"--method.preferences.encoder_layers {theirs.encoder_layers} or more"
         )
     compared = {
         "hidden_size": (config.hidden_size, earlier.config.hidden_size),
@@ -186,6 +186,8 @@ def text_source(setting: Setting, settings: PreferenceSettings) -> Callable[[Spl
     known: dict[int, tuple[Split, Texts]] = {}
 
     def texts_of(split: Split) -> Texts:
+        if not split.hash:  # asked about once, and not to be kept
+            return read(split)
         if id(split) not in known:
             known[id(split)] = (split, read(split))
         return known[id(split)][1]
@@ -210,6 +212,8 @@ def learning_encoder(name: str, layers: int, flag: str) -> TextEncoder:
     """A text encoder whose last layers learn, without dropout: most of it stays as it is."""
     tokenizer, settings = load_saved_tokenizer(name), BackboneConfig(name=name, dtype="float32")
     model = load_backbone(settings, tokenizer, seed=0, device="cpu", trainable=False, head=False)
+    with suppress(ValueError):  # it has none
+        set_dropout(causal_model(model), 0.0)
     every = max((m for m in causal_model(model).modules() if isinstance(m, nn.ModuleList)), key=len)
     if not 1 <= layers <= len(every):
         raise ValueError(f"{flag} {layers}: expected 1 to {len(every)}")

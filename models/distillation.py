@@ -157,9 +157,10 @@ def underestimated(scores_TN: Tensor, items_TK: Tensor, steepness: float) -> Ten
 def dual_correction(scores_TN: Tensor, items_TK: Tensor, steepness: float) -> Tensor:
     """What the student ranks too low is drawn up in the teacher's order, above what it ranks too high; a sum over rows.
 
-    -log of the chance that the underestimated candidates u_1, u_2, ... are drawn in the teacher's order out of them and
-    the overestimated items o: sum_j log(sum_{i >= j} exp s(u_i) + sum_o exp s(o)) - s(u_j). Each u_j counts, and each
-    u_i and o competes, as much as the student misranks it.
+    As if the underestimated candidates u_1, u_2, ... were drawn in the teacher's order out of them and the
+    overestimated items o: sum_j log(sum_{i >= j} exp s(u_i) + sum_o exp s(o)) - s(u_j). Each u_j counts, and each u_i
+    and o competes, as much as the student misranks it. The o are what the list lacks: also items met before, and the
+    next item where the teacher does not name it.
 
     Source: Lee and Kim, "Dual Correction Strategy for Ranking Distillation in Top-N Recommender System", arXiv
     2109.03459, its user side. They draw items by their discrepancy, which is a weight here; a list tells the teacher's

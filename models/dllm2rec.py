@@ -41,8 +41,8 @@ class VectorsConfig:
     """Item vectors of a language model inside the student's own."""
 
     source: Literal["none", "teacher", "encoder"] = "none"
-    """teacher: the item vectors of --method.teacher, which must be a run that has some; encoder: what a text encoder
-    makes of each title."""
+    """teacher: the item vectors of --method.teacher, which must have some; encoder: what a text encoder makes of each
+    title."""
     encoder: str = "minilm"
     """Text encoder of `source: encoder`: minilm, a folder or a hub id. It is read once, not trained."""
     weight: float = 0.3
@@ -159,7 +159,8 @@ class DLLM2Rec(Recommender):
 
         def labels_of(scores_CN: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             here = lists_of(batch).of(rows)  # the first ones: labels without a list stand last
-            weight_TK = ranking.weight * importance_weights(scores_CN[: len(here.items_TK)], here, ranking)
+            weight_TK = importance_weights(scores_CN[: len(here.items_TK)], here, ranking).to(scores_CN.dtype)
+            weight_TK = ranking.weight * weight_TK
             without = (0, 0, 0, len(scores_CN) - len(weight_TK))
             items_CK, weight_CK = F.pad(here.items_TK, without), F.pad(weight_TK, without)
             return torch.cat([target_T1[rows], items_CK], 1), F.pad(weight_CK, (1, 0), value=1.0)

@@ -105,8 +105,8 @@ class ItemReader(Recommender):
 
     @torch.no_grad()
     def catalogue_vectors(self) -> Tensor:
-        """Return what the backbone reads of each item."""
-        return self.input.vectors()
+        """Return the item table as the backbone reads it."""
+        return self.input.vectors().detach().clone()
 
     def read_vectors(self, batch: ItemPromptBatch, vectors_SH: Tensor) -> Tensor:
         """Return the states at the labelled slots, [T, H], where these vectors stand for the items."""

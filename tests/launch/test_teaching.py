@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from launch import label, train
 from launch.candidates import Retriever
 from launch.loading import load_model, load_run, read_data_of
 from launch.setting import Setting
+from launch.teaching import WINDOWS_ANSWER
 from tests.conftest import forget_accelerator
 from tests.launch.conftest import FLAGS as TRAINED
 from tests.launch.test_distillation import distil, refused
@@ -49,13 +51,13 @@ def read(folder: Path, trained: Path, parts: Split) -> tuple[np.ndarray, Candida
 def test_lists_are_what_the_run_ranks_highest(
     trained: Path, parts: Split, asked: CandidateStore, tmp_path: Path
 ) -> None:
-    folder = write(trained, tmp_path / "teacher", "--lists_at_once=200")
+    folder = write(trained, tmp_path / "teacher", "--lists_at_once=13")
     rows, store = read(folder, trained, parts)
     assert np.array_equal(np.sort(rows), np.arange(len(asked.items)))
     assert np.array_equal(store.items, asked.items[rows])
     np.testing.assert_allclose(store.scores, asked.scores[rows], atol=1e-5)
     files = sorted((folder / "lists").iterdir())
-    assert len(files) == -(-len(rows) // 200)
+    assert len(files) == -(-len(rows) // (13 * WINDOWS_ANSWER))
     first = parquet.read_table(files[0]).slice(0, 1).to_pylist()[0]
     cuts, raw_ids = training_cuts(parts), load_run(trained).catalog.raw_ids
     assert first["user"] == parts.raw_users[cuts.user[0]]
@@ -72,7 +74,7 @@ def test_lists_are_what_the_run_ranks_highest(
 def test_what_stopped_goes_on_and_another_run_does_not(
     trained: Path, parts: Split, asked: CandidateStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write(trained, tmp_path / "teacher", "--lists_at_once=200")
+    folder = write(trained, tmp_path / "teacher", "--lists_at_once=10")
     lists = sorted((folder / "lists").iterdir())
     kept = {path.name: path.read_bytes() for path in lists[1:]}
     lists[0].unlink()
@@ -80,22 +82,37 @@ def test_what_stopped_goes_on_and_another_run_does_not(
     manifest.write_text(manifest.read_text().replace(f'"rows": {len(asked.items)}', '"rows": null'))
     assert "is not finished" in refused(f"--method.teacher={folder}", f"--output={tmp_path / 'early'}")
     capsys.readouterr()
-    write(trained, folder, "--lists_at_once=150")
-    assert "200 of 200 lists" in capsys.readouterr().out
+    write(trained, folder, "--lists_at_once=9")
+    assert "160 of 160 lists" in capsys.readouterr().out
     assert {name: (folder / "lists" / name).read_bytes() for name in kept} == kept
     rows, store = read(folder, trained, parts)
     assert np.array_equal(np.sort(rows), np.arange(len(asked.items)))
     assert np.array_equal(store.items, asked.items[rows])
     with pytest.raises(SystemExit, match="name another folder"):
         write(trained, folder, "--cuts=3")
-    assert read(folder, trained, parts)[0].shape == rows.shape
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    write(trained, folder)  # nothing is left to do
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
+    sorted((folder / "lists").iterdir())[0].unlink()
+    with pytest.raises(ValueError, match="bring the missing files"):
+        read(folder, trained, parts)
+
+
+def test_the_same_split_of_other_events_is_refused(trained: Path, parts: Split, tmp_path: Path) -> None:
+    """The hash of a split names users and their test items, and `cut` counts all events."""
+    folder = write(trained, tmp_path / "teacher")
+    items = parts.items.copy()
+    items[0] = items[0] % parts.num_items + 1
+    other = replace(parts, items=items)
+    with pytest.raises(ValueError, match="both need the same data and split"):
+        read(folder, trained, other)
 
 
 def test_two_processes_write_what_one_writes(
     trained: Path, parts: Split, asked: CandidateStore, tmp_path: Path
 ) -> None:
     folder = tmp_path / "teacher"
-    flags = [f"--run={trained}", f"--k={K}", "--lists_at_once=300"]
+    flags = [f"--run={trained}", f"--k={K}", "--lists_at_once=20"]
     for rank in start_ranks(*flags, output=folder, script="label"):
         assert rank.wait() == 0, rank.text()
     rows, store = read(folder, trained, parts)
@@ -165,3 +182,6 @@ def test_what_a_folder_does_not_take(trained: Path, tmp_path: Path) -> None:
         write(trained, tmp_path / "teacher", "--phase=valid")
     with pytest.raises(SystemExit, match=r"--k 500"):
         label.main([f"--run={trained}", f"--output={tmp_path / 'teacher'}", "--k=500"])
+    with pytest.raises(SystemExit, match="is a file or a run"):
+        write(trained, trained)
+    write(trained, tmp_path / "teacher")  # what failed has begun no folder

