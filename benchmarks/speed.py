@@ -6,6 +6,7 @@ python benchmarks/speed.py
 import json
 import sys
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,22 +25,28 @@ CHART = ROOT / "docs" / "speed.svg"
 
 def main() -> None:
     reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("speed-*.json"))]
-    rows = [row | {"command": report["command"]} for report in reports for row in report["comparisons"]]
-    text = markdown(rows, reports[0]["hardware"])
+    rows = [
+        row | {"command": report["command"], "hardware": report["hardware"]}
+        for report in reports
+        for row in report["comparisons"]
+    ]
+    text = markdown(rows)
     write_section(ROOT / "docs" / "results.md", COMMAND, text)
     draw(rows, CHART)
     print(text)
 
 
-def markdown(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Return one line a comparison."""
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return one line a comparison, with a letter for the machine that it was measured on."""
+    places = [f"{row['hardware']['device']}, torch {row['hardware']['packages']['torch']}" for row in rows]
+    letters = dict(zip(dict.fromkeys(places), ascii_uppercase, strict=False))
     lines = [
-        f"{machine['device']}, two threads, torch {machine['packages']['torch']}; medians, and quartiles of the ratio.",
+        f"Two threads; medians, and quartiles of the ratio. {'; '.join(f'{b}: {a}' for a, b in letters.items())}.",
         "",
-        "| what | here | peer | ratio | aim | beside it | command |",
-        "|" + " --- |" * 7,
+        "| what | here | peer | ratio | aim | beside it | command | on |",
+        "|" + " --- |" * 8,
     ]
-    for row in rows:
+    for row, place in zip(rows, places, strict=True):
         ratio = row["ratio"]
         cells = (
             f"{row['what']} ({row['ours']})",
@@ -49,6 +56,7 @@ def markdown(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
             f"{row['aim']:.3g}" if row["aim"] else "",
             row["beside"],
             f"`{row['command'].removeprefix('benchmarks/')}`",
+            letters[place],
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
