@@ -46,7 +46,8 @@ class LabelConfig:
     k: int = 20
     """Folder: items of each list."""
     lists_at_once: int = 8192
-    """Folder: lists of one file, and so what a stopped command loses at most."""
+    """Folder: lists of one file, and so what a stopped command loses at most; 16 times as many where one pass answers a
+    whole window."""
     phase: Literal["train", "valid"] = "train"
     """train: the events that training may see, to learn from. valid: the held-out ones, to measure the teacher by."""
     cuts: int | None = None
