@@ -7,7 +7,6 @@ import torch
 from trainers.runtime import Runtime
 
 from .config import RunConfig
-from .fitting import flags_that_would_fit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -20,6 +19,8 @@ def explain(error: BaseException, config: RunConfig, runtime: Runtime, num_items
 
     `longest` is the longest training row in tokens (or events).
     """
+    from .fitting import flags_that_would_fit  # takes seconds to import (bitsandbytes, torch's compiler)
+
     what = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
     room = memory_bytes(runtime.device)
     found = flags_that_would_fit(config, num_items, longest, runtime.share.num_processes, room, runtime.strategy_name)
