@@ -56,8 +56,8 @@ class Contest:
     @classmethod
     def of(cls, backbone: str) -> "Contest":
         config = parse([*FLAGS, *BACKBONES[backbone]])
-        interactions, split = read_and_split(config.data)
-        setting = setting_of(config, split, interactions.catalog)
+        catalog, split = read_and_split(config.data)
+        setting = setting_of(config, split, catalog)
         built = METHODS["e4srec"].build(setting)
         assert isinstance(built.model, E4SRec)
         tokenizer, settings = built.tokenizer, config.method.prompts
@@ -65,9 +65,7 @@ class Contest:
 
         def layout(mode: Literal["positions", "prefix"], shares_prefix: bool) -> ItemPromptLayout:
             own = replace(settings, mode=mode)
-            return ItemPromptLayout.build(
-                tokenizer, interactions.catalog, own, causal=True, shares_prefix=shares_prefix
-            )
+            return ItemPromptLayout.build(tokenizer, catalog, own, causal=True, shares_prefix=shares_prefix)
 
         return cls(built.model, split, layout("positions", True), layout("prefix", False), settings)
 

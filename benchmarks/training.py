@@ -59,8 +59,8 @@ def make_trainer_of(argv: list[str], stop: Stop) -> Trainer:
     runtime = Runtime(config.train.precision, config.train.trackers, config.output)
     set_up_logging(runtime)
     folder = RunFolder(config.output)
-    interactions, parts = load_data(config, runtime)
-    built = build(config, interactions, parts, runtime)
+    catalog, parts = load_data(config, runtime)
+    built = build(config, catalog, parts, runtime)
     if runtime.is_main:
         folder.begin(config, runtime)
     runtime.wait()
@@ -70,5 +70,5 @@ def make_trainer_of(argv: list[str], stop: Stop) -> Trainer:
 def setting_of(argv: list[str]) -> Setting:
     """Return what launch/train.py builds a method from, given its flags."""
     config = parse(argv)
-    interactions, parts = read_and_split(config.data)
-    return loading.setting_of(config, parts, interactions.catalog)
+    catalog, parts = read_and_split(config.data)
+    return loading.setting_of(config, parts, catalog)

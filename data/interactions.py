@@ -49,7 +49,7 @@ class Interactions:
     """
 
     name: str  # of the dataset, for result headers
-    user: np.ndarray  # [E] int64, 0..U-1
+    user: np.ndarray  # [E] int32, 0..U-1
     item: np.ndarray  # [E] int64, 1..N
     timestamp: np.ndarray  # [E] int64, in the unit of the source
     rating: np.ndarray  # [E] float32
@@ -108,20 +108,22 @@ def build_interactions(name: str, events: RawEvents, config: DataConfig) -> Inte
     user, raw_users = _rank_ids(events.user)
     item, raw_items = _rank_ids(events.item)
 
-    rows = np.flatnonzero(events.rating >= config.min_rating) if config.min_rating > 0 else np.arange(len(user))
+    rows = np.lexsort((events.timestamp, user))  # stable: ties keep their row order
+    if config.min_rating > 0:
+        rows = rows[events.rating[rows] >= config.min_rating]
     _stop_if_empty(name, rows, f"--data.min_rating {config.min_rating}")
-    rows = rows[np.lexsort((events.timestamp[rows], user[rows]))]  # stable: ties keep their row order
     if config.duplicates != "keep":
         rows = rows[_distinct(user[rows], item[rows], keep=config.duplicates)]
-    rows = rows[_core(user[rows], item[rows], config.user_core, config.item_core)]
+    if max(config.user_core, config.item_core) > 1:
+        rows = rows[_core(user[rows], item[rows], config.user_core, config.item_core)]
     _stop_if_empty(name, rows, _filter_flags(config))
 
-    user, raw_users = _compact(user[rows], raw_users)
-    item, raw_items = _compact(item[rows], raw_items)
+    user, raw_users = _compact(user[rows], raw_users, np.int32)
+    item, raw_items = _compact(item[rows], raw_items, np.int64, first=1)
     return Interactions(
         name=name,
         user=user,
-        item=item + 1,
+        item=item,
         timestamp=events.timestamp[rows],
         rating=events.rating[rows],
         catalog=_catalog(raw_items, events.texts),
@@ -155,8 +157,8 @@ def _core(user: np.ndarray, item: np.ndarray, user_core: int, item_core: int) ->
     """The largest set of events in which each user has >= user_core and each item >= item_core: positions."""
     kept = np.arange(len(user))
     while len(kept):
-        enough_of_user = np.bincount(user[kept])[user[kept]] >= user_core
-        enough_of_item = np.bincount(item[kept])[item[kept]] >= item_core
+        enough_of_user = (np.bincount(user[kept]) >= user_core)[user[kept]]
+        enough_of_item = (np.bincount(item[kept]) >= item_core)[item[kept]]
         enough = enough_of_user & enough_of_item
         if enough.all():
             break
@@ -164,10 +166,13 @@ def _core(user: np.ndarray, item: np.ndarray, user_core: int, item_core: int) ->
     return kept
 
 
-def _compact(codes: np.ndarray, raw_ids: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Renumber codes [E] without gaps, in the same order, and keep the raw ids that still occur."""
+def _compact(
+    codes: np.ndarray, raw_ids: Sequence[str], dtype: type[np.integer], first: int = 0
+) -> tuple[np.ndarray, list[str]]:
+    """Renumber codes [E] from `first` without gaps, in the same order, and keep the raw ids that still occur."""
     present = np.bincount(codes, minlength=len(raw_ids)) > 0
-    return (np.cumsum(present) - 1)[codes], list(itertools.compress(raw_ids, present))
+    numbers = (np.cumsum(present) - 1 + first).astype(dtype)
+    return numbers[codes], list(itertools.compress(raw_ids, present))
 
 
 def _catalog(raw_items: Sequence[str], texts: dict[str, ItemText]) -> Catalog:

@@ -7,7 +7,7 @@ import numpy as np
 
 from .prompts import template_by_name
 from .splits import Phase, Split
-from .title_tokens import ends_of, ranges
+from .title_tokens import ends_of
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,40 @@ class Rows(NamedTuple):
     position: np.ndarray  # [R] int64
     stop: np.ndarray  # [R] int64
 
+    @property
+    def total(self) -> int:
+        """R."""
+        return len(self.user)
+
     def take(self, index: np.ndarray | slice) -> "Rows":
         return Rows(*(column[index] for column in self))
 
 
+class ResponseRows:
+    """One row for every training position that has enough history, or a seeded draw of them.
+
+    They are made when they are taken: all at once would need more memory than the events.
+    """
+
+    def __init__(self, split: Split, settings: PromptSettings) -> None:
+        self._ends = ends_of(np.maximum(split.train_end - settings.min_history, 0))  # of each user's rows
+        self._settings = settings
+        self.total = int(self._ends[-1])
+        self._drawn: np.ndarray | None = None
+        if settings.few_shot is not None and settings.few_shot < self.total:
+            drawn = np.random.default_rng(settings.seed).choice(self.total, settings.few_shot, replace=False)
+            self._drawn, self.total = np.sort(drawn), settings.few_shot
+
+    def take(self, index: slice) -> Rows:
+        rows = np.arange(*index.indices(self.total)) if self._drawn is None else self._drawn[index]
+        user = np.searchsorted(self._ends, rows, side="right") - 1
+        position = rows - self._ends[user] + self._settings.min_history
+        return Rows(user, np.maximum(position - self._settings.history_length, 0), position, position + 1)
+
+
 def response_rows(split: Split, settings: PromptSettings) -> Rows:
-    """One row for every training position that has enough history, or a seeded draw of them."""
-    counts = np.maximum(split.train_end - settings.min_history, 0)
-    user = np.repeat(np.arange(split.num_users), counts)
-    position = ranges(np.full(split.num_users, settings.min_history), counts)
-    if settings.few_shot is not None and settings.few_shot < len(user):
-        drawn = np.random.default_rng(settings.seed).choice(len(user), settings.few_shot, replace=False)
-        user, position = user[np.sort(drawn)], position[np.sort(drawn)]
-    return Rows(user, np.maximum(position - settings.history_length, 0), position, position + 1)
+    """Return all of `ResponseRows`."""
+    return ResponseRows(split, settings).take(slice(None))
 
 
 def evaluation_rows(split: Split, settings: PromptSettings, phase: Phase) -> Rows:

@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .interactions import Catalog
-from .prompt_rows import PromptSettings, Rows, dense_rows, evaluation_rows, response_rows
+from .prompt_rows import PromptSettings, ResponseRows, Rows, dense_rows, evaluation_rows
 from .prompts import template_by_name, title_texts
 from .splits import Phase, Split
 from .title_tokens import TitleTokens, TokenTable, encode, encode_after, ends_of, ranges
@@ -67,17 +67,18 @@ class PromptEncoder:
             self.spliced = False
             logger.warning("The tokenizer merges titles with the text around them: a slower build.")
 
-    def rows(self, phase: Phase | Literal["train"]) -> tuple[Rows, int]:
+    def rows(self, phase: Phase | Literal["train"]) -> tuple[Rows | ResponseRows, int]:
         """All rows of a phase, and how many lost titles already; raises ValueError when there are none."""
-        rows, shortened = Rows(*np.empty((4, 0), dtype=np.int64)), 0
+        rows: Rows | ResponseRows
+        shortened = 0
         if phase != "train":
             rows = evaluation_rows(self.split, self.settings, phase)
         elif self.settings.mode == "response":
-            rows = response_rows(self.split, self.settings)
+            rows = ResponseRows(self.split, self.settings)
         else:
             room = self.settings.max_length - int(self.table.lengths[ALONE])
             rows, shortened = dense_rows(self.split, self.settings, self.titles.lengths, room)
-        if not len(rows.user):
+        if not rows.total:
             remedy = (
                 f"no user has more training events than --method.prompts.min_history {self.settings.min_history}"
                 if phase == "train"

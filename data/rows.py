@@ -37,21 +37,21 @@ def read_rows(path: Path, row_format: RowFormat, bad_rows: BadRowLog) -> RawEven
 
     Fractions of a timestamp are cut off. Malformed rows are left out and entered in `bad_rows`.
     """
-    blocks = list(_tables(path, row_format, bad_rows))
-    table = pa.concat_tables(blocks).combine_chunks() if blocks else _no_rows(row_format)
-    return events_from_table(table)
+    return events_from_table(pa.concat_tables([_no_rows(row_format), *_tables(path, row_format, bad_rows)]))
 
 
 def events_from_table(table: pa.Table) -> RawEvents:
     """Columns user, item and, where there are any, rating, timestamp, title and categories -> events."""
     number_of_rows = table.num_rows
-    names = table.column_names
+    texts = _texts(table) if "title" in table.column_names else {}
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    del table  # so that each column can go as soon as it is in one piece
     return RawEvents(
-        user=_one_chunk(table["user"]),
-        item=_one_chunk(table["item"]),
-        rating=table["rating"].to_numpy() if "rating" in names else np.ones(number_of_rows, np.float32),
-        timestamp=table["timestamp"].to_numpy() if "timestamp" in names else np.arange(number_of_rows),
-        texts=_texts(table) if "title" in names else {},
+        user=_one_chunk(columns.pop("user")),
+        item=_one_chunk(columns.pop("item")),
+        rating=columns.pop("rating").to_numpy() if "rating" in columns else np.ones(number_of_rows, np.float32),
+        timestamp=columns.pop("timestamp").to_numpy() if "timestamp" in columns else np.arange(number_of_rows),
+        texts=texts,
     )
 
 

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+import pyarrow as pa
+
 from . import movielens, sequences, tables
 from .bad_rows import BadRowLog
 from .config import DataConfig
@@ -34,6 +36,7 @@ def read(config: DataConfig) -> Interactions:
     else:
         events = _read_from_hub(config, bad_rows)
     bad_rows.close()
+    pa.default_memory_pool().release_unused()  # what parsing took: as much again as the events
     return build_interactions(name, events, config)
 
 

@@ -109,7 +109,7 @@ def fingerprint(
     arrays = [split.items, split.offsets, split.train_end]
     arrays += [] if phase == "train" else [split.targets(phase).user, split.targets(phase).position]
     for array in arrays:
-        digest.update(array.astype(np.int64).tobytes())
+        digest.update(np.ascontiguousarray(array, np.int64).data)
     return digest.hexdigest()[:32]
 
 
@@ -162,7 +162,7 @@ def _write(
     rows, shortened = encoder.rows(phase)
     names = ["context", "user", "position", "length"] + (["row"] if phase != "train" else [])
     schema = pa.schema([("input_ids", pa.list_(pa.int32())), *((name, pa.int32()) for name in names)])
-    starts = range(0, len(rows.user), ROWS_PER_BATCH)
+    starts = range(0, rows.total, ROWS_PER_BATCH)
     with pa.ipc.new_stream(sink, schema) as writer:
         for start in tqdm(starts, f"{phase} prompts", unit="batch", disable=not progress, delay=SHOW_AFTER):
             batch = rows.take(slice(start, start + ROWS_PER_BATCH))

@@ -54,12 +54,12 @@ def main(argv: list[str]) -> int:
     config = SettingsParser(prog="launch/describe.py", description=__doc__).read_as(DescribeConfig, argv)
     runtime = Runtime()
     with runtime.accelerator.local_main_process_first():
-        interactions, parts = read_and_split(config.data)
+        catalog, parts = read_and_split(config.data)
     with runtime.watchdog.watching():
         try:
             writer = None if config.writer == "template" else load_writer(config, runtime)
             name, about = writer_of(config, writer)
-            everything = {s.key(name): s for s in subjects(parts, interactions.catalog, config.texts)}
+            everything = {s.key(name): s for s in subjects(parts, catalog, config.texts)}
             known = read_texts(config.output)
             if runtime.is_main:
                 write_manifest(config.output, parts, name, config.texts, about)

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.cold_items import with_cold_items
 from data.config import DataConfig
-from data.interactions import Catalog, Interactions
+from data.interactions import Catalog
 from data.sources import read
 from data.splits import Split, Targets, split
 from trainers.state import load_weights
@@ -80,25 +80,28 @@ def load_model(path: Path) -> Built:
     return load_run(path).built
 
 
-def read_and_split(config: DataConfig) -> tuple[Interactions, Split]:
-    """Read and split a data set; exit with the reason where that cannot be done."""
+def read_and_split(config: DataConfig) -> tuple[Catalog, Split]:
+    """Read and split a data set; exit with the reason where that cannot be done.
+
+    What only splitting needs, such as the times of events, is not kept: half of the memory.
+    """
     try:
         interactions = read(config)
         parts = split(interactions, config)
         if config.cold_items:
             parts = with_cold_items(parts, interactions.catalog, config.cold_items, config.cold_seed)
-        return interactions, parts
+        return interactions.catalog, parts
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
 def read_data_of(run: LoadedRun) -> Split:
     """Return the split of a run's data set; exit when its items are no longer the ones that the run learned."""
-    interactions, parts = read_and_split(run.config.data)
-    if interactions.catalog.raw_ids != run.catalog.raw_ids:
+    catalog, parts = read_and_split(run.config.data)
+    if catalog.raw_ids != run.catalog.raw_ids:
         sys.exit(
             f"error: --run {run.folder.path} learned {run.catalog.num_items:,} items, and {run.config.data.source} now "
-            f"has {interactions.catalog.num_items:,} or others: bring its data back, or train anew"
+            f"has {catalog.num_items:,} or others: bring its data back, or train anew"
         )
     return parts
 

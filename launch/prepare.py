@@ -28,13 +28,13 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     config = parse(argv)
     console = Console(highlight=False)
-    interactions, parts = read_and_split(config.data)
+    catalog, parts = read_and_split(config.data)
     print(
         f"{parts.name}: {parts.num_users:,} users, {parts.num_items:,} items, {len(parts.items):,} events; "
-        f"split {parts.kind} {parts.hash[:12]}, item texts {interactions.catalog.text_hash[:12]}; "
+        f"split {parts.kind} {parts.hash[:12]}, item texts {catalog.text_hash[:12]}; "
         f"read in {time.perf_counter() - started:.1f} s"
     )
-    setting = setting_of(config, parts, interactions.catalog)
+    setting = setting_of(config, parts, catalog)
     reports = tokenise(config, setting)
     if reports:
         console.print(prompt_table(reports))

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.logging import RichHandler
 
-from data.interactions import Interactions
+from data.interactions import Catalog
 from data.loaders import TrainingLoader
 from data.splits import Split
 from evaluation.protocols import NotEnoughItems, draw_candidates, metric_prefix
@@ -83,19 +83,19 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
             show_results(folder)
         return
 
-    interactions, parts = load_data(config, runtime)
+    catalog, parts = load_data(config, runtime)
     if config.evaluation.protocol != "full":
         draw_candidates(parts, "test", config.evaluation.protocol, config.evaluation.seed)  # fails now or never
     set_seed(config.train.seed)
     try:
-        built = build(config, interactions, parts, runtime)
+        built = build(config, catalog, parts, runtime)
         if config.evaluation.protocol == "full" and built.held_out is None:
             built.require_full_ranking()
         if runtime.is_main:
             folder.begin(config, runtime)
         runtime.wait()
         if config.train.max_steps == 0 or not any(p.requires_grad for p in built.model.parameters()):
-            measure_as_it_is(config, built, interactions, parts, runtime, folder, clock)
+            measure_as_it_is(config, built, catalog, parts, runtime, folder, clock)
             return
         trainer = make_trainer(config, built, parts, runtime, folder, stop)
     except ValueError as error:  # settings that do not go together, or not with this backbone or checkpoint
@@ -105,7 +105,7 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
     try:
         with trainer.tracking:
             trainer.train()
-        finish(config, built, Trained.by(trainer), runtime, parts, interactions.catalog, folder, clock)
+        finish(config, built, Trained.by(trainer), runtime, parts, catalog, folder, clock)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -119,7 +119,7 @@ def train_and_measure(config: RunConfig, runtime: Runtime, stop: Stop, clock: Cl
 def measure_as_it_is(
     config: RunConfig,
     built: Built,
-    interactions: Interactions,
+    catalog: Catalog,
     parts: Split,
     runtime: Runtime,
     folder: RunFolder,
@@ -129,27 +129,27 @@ def measure_as_it_is(
     clock.first_batch = time.perf_counter()
     logger.info("%s is not trained: it is measured as it is, %s", config.model, runtime.strategy)
     model = runtime.accelerator.prepare_model(built.model, evaluation_mode=True)
-    finish(config, built, Trained(model, Progress()), runtime, parts, interactions.catalog, folder, clock)
+    finish(config, built, Trained(model, Progress()), runtime, parts, catalog, folder, clock)
     if runtime.is_main:
         show_results(folder)
     runtime.close()
 
 
-def load_data(config: RunConfig, runtime: Runtime) -> tuple[Interactions, Split]:
+def load_data(config: RunConfig, runtime: Runtime) -> tuple[Catalog, Split]:
     """Read and split; with several processes the first one downloads while the others wait."""
     with runtime.accelerator.local_main_process_first():
-        interactions, parts = read_and_split(config.data)
+        catalog, parts = read_and_split(config.data)
     logger.info(
         "%s: %d users, %d items, %d events; split %s %s, item texts %s",
         *(parts.name, parts.num_users, parts.num_items, len(parts.items), parts.kind, parts.hash[:12]),
-        interactions.catalog.text_hash[:12],
+        catalog.text_hash[:12],
     )
-    return interactions, parts
+    return catalog, parts
 
 
-def build(config: RunConfig, interactions: Interactions, parts: Split, runtime: Runtime) -> Built:
+def build(config: RunConfig, catalog: Catalog, parts: Split, runtime: Runtime) -> Built:
     """Build the model and its examples as the method's row in launch/methods.py says."""
-    setting = setting_of(config, parts, interactions.catalog, is_main=runtime.is_main)
+    setting = setting_of(config, parts, catalog, is_main=runtime.is_main)
     return METHODS[config.model].build(setting)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.candidate_store import CandidateStore, as_test, cut_rows, overlapping_spans, training_cuts
-from data.interactions import Interactions
+from data.interactions import Catalog
 from data.splits import Split
 from evaluation.evaluator import Evaluator
 from launch import train
@@ -25,7 +25,7 @@ K = 6
 
 
 @pytest.fixture(scope="module")
-def data(trained: Path) -> tuple[Interactions, Split]:
+def data(trained: Path) -> tuple[Catalog, Split]:
     return read_and_split(load_run(trained).config.data)
 
 
@@ -44,9 +44,9 @@ def e4srec(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def setting(data: tuple[Interactions, Split], tmp_path: Path) -> Setting:
-    interactions, parts = data
-    return Setting(parts, interactions.catalog, None, None, 0, tmp_path / "cache", load_model)
+def setting(data: tuple[Catalog, Split], tmp_path: Path) -> Setting:
+    catalog, parts = data
+    return Setting(parts, catalog, None, None, 0, tmp_path / "cache", load_model)
 
 
 def all_scores(folder: Path, parts: Split, phase: Any) -> torch.Tensor:

@@ -63,12 +63,12 @@ def test_a_student_outlives_its_teacher(trained: Path, tmp_path: Path, capsys: p
 
 def test_lists_know_nothing_of_held_out_events(trained: Path, tmp_path: Path) -> None:
     """The teacher says the same of training histories whatever validation and test targets are."""
-    interactions, parts = read_and_split(load_run(trained).config.data)
+    catalog, parts = read_and_split(load_run(trained).config.data)
     held_out = np.concatenate([parts.offsets[t.user] + t.position for t in (parts.valid, parts.test)])
     parts.items.flags.writeable = True
     stores = []
     for turn in range(2):
-        setting = Setting(parts, interactions.catalog, None, None, 0, tmp_path / str(turn), load_model)
+        setting = Setting(parts, catalog, None, None, 0, tmp_path / str(turn), load_model)
         stores.append(Retriever(trained, setting, "teacher").ask(parts, "train", 5))
         parts.items[held_out] = 1 + parts.items[held_out] % parts.num_items
     assert len(stores[0].items) == len(training_cuts(parts))
@@ -78,12 +78,12 @@ def test_lists_know_nothing_of_held_out_events(trained: Path, tmp_path: Path) ->
 
 def test_the_comparison_with_a_teacher(trained: Path) -> None:
     run = load_run(trained)
-    interactions, parts = read_and_split(run.config.data)
+    catalog, parts = read_and_split(run.config.data)
     examples = run.built.require_full_ranking()(parts, "valid")
     batch = examples.collate(np.arange(len(examples.lengths)), 0)
     with torch.no_grad():
         measured = Evaluator(parts, "valid", top_k=4).run(run.built.model, [batch])
-    setting = Setting(parts, interactions.catalog, None, None, 0, trained, load_model)
+    setting = Setting(parts, catalog, None, None, 0, trained, load_model)
     lists = Retriever(trained, setting).ask(parts, "valid", 4)
     greater, equal = measured.ranks.greater.copy(), measured.ranks.equal
     itself = compare(greater, equal, lists, measured)
