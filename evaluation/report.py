@@ -15,7 +15,7 @@ from .plots import comparison, learning_curves
 from .protocols import metric_prefix
 from .run_folders import Run, load_run
 from .significance import PairedDifference, compare_runs
-from .tables import Table, all_metrics_table, headline_table, incomplete_table, slices_table
+from .tables import Table, all_metrics_table, headline_table, incomplete_table, seeds_table, slices_table
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def _section(runs: list[Run], number: int) -> Section:
     headline = [metric_prefix(header.get("protocol", "full")) + name for name in ("HR@10", "NDCG@10")]
     differences, notes = _paired_tests(runs)
     tables = [headline_table(runs, headline, differences), all_metrics_table(runs)]
+    if seeds := _seeds_table(runs, headline, notes):
+        tables.insert(1, seeds)
     if new := slices_table(runs, headline):
         tables.append(new)
     return Section(
@@ -138,6 +140,25 @@ def _paired_tests(runs: list[Run]) -> tuple[dict[Path, PairedDifference], list[s
         except (ValueError, OSError) as error:  # pyarrow's errors are among them
             notes.append(f"{run.name} is not tested against {first.name}: {error}")
     return differences, notes
+
+
+def _seeds_table(runs: list[Run], headline: list[str], notes: list[str]) -> Table | None:
+    """Runs that differ only in their seed taken together, against the first of them; None where none do."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name_without_seed, []).append(run)
+    if all(len(group) == 1 for group in groups.values()):
+        return None
+    first = next(iter(groups.values()))
+    differences: dict[str, PairedDifference] = {}
+    for name, group in groups.items():
+        if group is not first:
+            try:
+                theirs, own = ([run.ranks_path for run in side] for side in (first, group))
+                [differences[name]] = compare_runs(theirs, own, ("NDCG@10",))
+            except (ValueError, OSError) as error:  # pyarrow's errors are among them
+                notes.append(f"seeds of {name} are not tested against {first[0].name_without_seed}: {error}")
+    return seeds_table(groups, headline, differences)
 
 
 def _markdown(report: Report) -> str:

@@ -1,6 +1,7 @@
 """Read run folders as they are found: whatever a crashed run did not write is listed, never raised."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def name_without_seed(self) -> str:
+        """The same for runs that differ only in their seed, which are called NAME-seedS."""
+        return re.sub(r"-seed\d+$", "", self.name)
 
     @property
     def ranks_path(self) -> Path:

@@ -55,22 +55,25 @@ def bootstrap_intervals(
 
 
 def compare_runs(
-    path_a: str | Path,
-    path_b: str | Path,
+    a: str | Path | Sequence[str | Path],
+    b: str | Path | Sequence[str | Path],
     metrics: Sequence[str] = ("HR@10", "NDCG@10"),
     seed: int = 0,
     resamples: int = 9999,
 ) -> list[PairedDifference]:
     """Is run B better than run A on the same users? From the rank files of both (`results.write_ranks`).
 
-    The p-value is that of the paired randomisation test, which flips the sign of each user's difference
-    (Smucker, Allan and Carterette, CIKM 2007). Raises ValueError when the files do not rank the same targets
-    in the same way.
+    Where either is several runs that differ in their seed, each user counts with the mean over them. The p-value is
+    that of the paired randomisation test, which flips the sign of each user's difference (Smucker, Allan and
+    Carterette, CIKM 2007). Raises ValueError when the files do not rank the same targets in the same way.
     """
-    file_a, file_b = read_ranks(path_a), read_ranks(path_b)
-    _require_comparable(file_a, file_b, path_a, path_b)
-    per_user_a, per_user_b = _metrics_of(file_a, metrics), _metrics_of(file_b, metrics)
-    return [_paired(name, per_user_a[name], per_user_b[name], seed, resamples) for name in metrics]
+    paths_a, paths_b = ([one] if isinstance(one, str | Path) else list(one) for one in (a, b))
+    files = {path: read_ranks(path) for path in (*paths_a, *paths_b)}
+    for path, file in files.items():
+        _require_comparable(files[paths_a[0]], file, paths_a[0], path)
+    per_user = {path: _metrics_of(file, metrics) for path, file in files.items()}
+    means = [{m: np.mean([per_user[path][m] for path in own], axis=0) for m in metrics} for own in (paths_a, paths_b)]
+    return [_paired(name, means[0][name], means[1][name], seed, resamples) for name in metrics]
 
 
 def _paired(metric: str, values_a: np.ndarray, values_b: np.ndarray, seed: int, resamples: int) -> PairedDifference:

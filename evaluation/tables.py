@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from .run_folders import Run, popularity_of
@@ -43,6 +44,22 @@ def headline_table(runs: list[Run], headline: list[str], differences: dict[Path,
         values = [_with_interval(popularity, metric) for metric in headline]
         rows.append(["popularity", "baseline", ABSENT, *values, ABSENT, ABSENT, ABSENT, ABSENT])
     return Table(columns, rows)
+
+
+def seeds_table(groups: dict[str, list[Run]], headline: list[str], differences: dict[str, PairedDifference]) -> Table:
+    """A row a name: mean and standard deviation of its seeds, and the test of all of them against the first name's."""
+    rows = []
+    for name, group in groups.items():
+        difference = differences.get(name)
+        rows.append(
+            [
+                *(name, str(len(group))),
+                *(_mean_and_deviation([run.results["test"].get(metric) for run in group]) for metric in headline),
+                ABSENT if difference is None else _signed_with_interval(difference),
+                ABSENT if difference is None else _p_value(difference.p_value),
+            ]
+        )
+    return Table(["runs", "seeds", *headline, "Δ NDCG@10", "p"], rows, title="Seeds together")
 
 
 def all_metrics_table(runs: list[Run]) -> Table:
@@ -115,6 +132,13 @@ def _count(value: float | None) -> str:
         if value >= size:
             return f"{value / (1000 if letter == 'k' else size):.1f}{letter}"
     return f"{value:,.0f}"
+
+
+def _mean_and_deviation(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return ABSENT
+    return f"{fmean(known):.4f}" + (f" ± {stdev(known):.4f}" if len(known) > 1 else "")
 
 
 def _duration(seconds: float | None) -> str:

@@ -35,22 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 # What has no room on a terminal; the report has it.
 _LEFT_OUT = {"model", "parameters (trained)", "training", "samples/s"}
+_SHOWN = {"", "Seeds together"}
 
 
 def _print_tables(report: Report, console: Console) -> None:
     for section in report.sections:
         console.rule(f"[bold]{section.title}")
         console.print(section.subtitle, style="dim")
-        console.print(_console_table(section.tables[0]))
+        for table in section.tables:
+            if table.title in _SHOWN:
+                console.print(_console_table(table))
         for note in section.notes:
             console.print(note, style="yellow")
 
 
 def _console_table(table: Table) -> ConsoleTable:
-    shown = ConsoleTable(box=SIMPLE_HEAD)
+    shown = ConsoleTable(title=table.title or None, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     kept = [index for index, column in enumerate(table.columns) if column not in _LEFT_OUT]
     for index in kept:
-        is_figure = table.columns[index] not in ("run", "missing")
+        is_figure = table.columns[index] not in ("run", "runs", "missing")
         shown.add_column(
             table.columns[index], justify="right" if is_figure else "left", no_wrap=is_figure, overflow="fold"
         )

@@ -75,6 +75,27 @@ def test_runs_are_compared_on_the_same_split(sample: Split, tmp_path: Path) -> N
     assert cells["weak"]["parameters (trained)"] == "1.2M (98.3k)"
 
 
+def test_seeds_are_tested_together(sample: Split, tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"{name}-seed{seed}", sample, skill, seed=10 * seed + len(name))
+        for name, skill in (("weak", 0.5), ("strong", 3.0))
+        for seed in (1, 2)
+    ]
+    [section] = build_report([*runs, write_run(tmp_path / "alone", sample, 1.0)]).sections
+    table = section.tables[1]
+    assert table.title == "Seeds together"
+    weak, strong, alone = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert [(row["runs"], row["seeds"]) for row in (weak, strong, alone)] == [
+        ("weak", "2"),
+        ("strong", "2"),
+        ("alone", "1"),
+    ]
+    found = [json.loads((run / "results.json").read_text())["test"]["HR@10"] for run in runs[2:]]
+    assert strong["HR@10"] == f"{sum(found) / 2:.4f} ± {abs(found[0] - found[1]) / 2**0.5:.4f}"
+    assert (weak["p"], strong["p"]) == ("-", "< 0.001")
+    assert float(strong["Δ NDCG@10"].split()[0]) > 0
+
+
 def test_other_splits_and_protocols_have_tables_of_their_own(sample: Split, tmp_path: Path) -> None:
     other_split = replace(sample, hash="f" * 64)
     folders = [

@@ -67,6 +67,23 @@ def test_many_users_get_the_same_p_value_from_the_t_test(
     assert by_t_test.p_value == pytest.approx(by_permutation.p_value, abs=0.02)
 
 
+def test_several_seeds_count_as_their_mean_for_each_user(tmp_path: Path, greater: np.ndarray) -> None:
+    """Three seeds each, every one of them too noisy to tell alone."""
+    random = np.random.default_rng(4)
+    a, b = (
+        [write_run(tmp_path / f"{name}{seed}.parquet", random.permutation(greater) - gain) for seed in range(3)]
+        for name, gain in (("a", 0), ("b", -2))
+    )
+    [together] = compare_runs(a, b, ["NDCG@10"])
+    alone = [compare_runs(*pair, ["NDCG@10"])[0] for pair in zip(a, b, strict=True)]
+    assert together.mean_a == pytest.approx(np.mean([one.mean_a for one in alone]))
+    assert together.difference == pytest.approx(np.mean([one.difference for one in alone]))
+    width = together.interval[1] - together.interval[0]
+    assert width < 0.75 * min(one.interval[1] - one.interval[0] for one in alone), "noise of seeds averages out"
+    [one_side] = compare_runs(a, b[0], ["NDCG@10"])
+    assert (one_side.mean_a, one_side.mean_b) == pytest.approx((together.mean_a, alone[0].mean_b))
+
+
 def test_equal_runs_do_not_differ(tmp_path: Path, greater: np.ndarray) -> None:
     a, b = write_run(tmp_path / "a.parquet", greater), write_run(tmp_path / "b.parquet", greater)
     [result] = compare_runs(a, b, ["HR@10"])
@@ -79,6 +96,8 @@ def test_runs_that_do_not_compare_are_refused(tmp_path: Path, greater: np.ndarra
     b = write_run(tmp_path / "b.parquet", greater, **{entry: value})
     with pytest.raises(ValueError, match=f"do not compare: {entry} is '{HEADER[entry]}' and '{value}'"):
         compare_runs(a, b)
+    with pytest.raises(ValueError, match=f"do not compare: {entry}"):
+        compare_runs([a, b], a)
 
 
 def test_other_targets_under_the_same_hash_are_refused(tmp_path: Path, greater: np.ndarray) -> None:
