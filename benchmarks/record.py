@@ -48,6 +48,7 @@ def record(folder: Path) -> dict[str, Any]:
         "header",
         "valid",
         "test",
+        "parts",
         "popularity",
         "parameters",
         "training",

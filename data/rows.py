@@ -43,12 +43,13 @@ def read_rows(path: Path, row_format: RowFormat, bad_rows: BadRowLog) -> RawEven
 def events_from_table(table: pa.Table) -> RawEvents:
     """Columns user, item and, where there are any, rating, timestamp, title and categories -> events."""
     number_of_rows = table.num_rows
-    texts = _texts(table) if "title" in table.column_names else {}
     columns = dict(zip(table.column_names, table.columns, strict=True))
     del table  # so that each column can go as soon as it is in one piece
+    item = _one_chunk(columns.pop("item"))
+    texts = _texts(item, columns.pop("title"), columns.pop("categories", None)) if "title" in columns else {}
     return RawEvents(
         user=_one_chunk(columns.pop("user")),
-        item=_one_chunk(columns.pop("item")),
+        item=item,
         rating=columns.pop("rating").to_numpy() if "rating" in columns else np.ones(number_of_rows, np.float32),
         timestamp=columns.pop("timestamp").to_numpy() if "timestamp" in columns else np.arange(number_of_rows),
         texts=texts,
@@ -72,15 +73,14 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.DictionaryArray:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
-def _texts(table: pa.Table) -> dict[str, ItemText]:
+def _texts(item: pa.DictionaryArray, title: pa.ChunkedArray, category: pa.ChunkedArray | None) -> dict[str, ItemText]:
     """Title and categories from the first row of each item."""
-    item = _one_chunk(table["item"])
     codes, first_row = np.unique(item.indices.to_numpy(), return_index=True)
     raw_ids = item.dictionary.take(pa.array(codes)).to_pylist()
-    titles = table["title"].take(pa.array(first_row)).to_pylist()
+    titles = title.take(pa.array(first_row)).to_pylist()
     categories: Sequence[str] = [""] * len(titles)
-    if "categories" in table.column_names:
-        categories = table["categories"].take(pa.array(first_row)).to_pylist()
+    if category is not None:
+        categories = category.take(pa.array(first_row)).to_pylist()
     return {
         raw_id: ItemText(title or "", split_categories(of_item or ""))
         for raw_id, title, of_item in zip(raw_ids, titles, categories, strict=True)

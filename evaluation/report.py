@@ -144,20 +144,19 @@ def _paired_tests(runs: list[Run]) -> tuple[dict[Path, PairedDifference], list[s
 
 def _seeds_table(runs: list[Run], headline: list[str], notes: list[str]) -> Table | None:
     """Runs that differ only in their seed taken together, against the first of them; None where none do."""
-    groups: dict[str, list[Run]] = {}
+    by_name: dict[tuple[str, ...], dict[Path, Run]] = {}
     for run in runs:
-        groups.setdefault(run.name_without_seed, []).append(run)
-    if all(len(group) == 1 for group in groups.values()):
+        by_name.setdefault(run.seeds, {})[run.folder] = run
+    groups = [list(group.values()) for group in by_name.values()]
+    if all(len(group) == 1 for group in groups):
         return None
-    first = next(iter(groups.values()))
-    differences: dict[str, PairedDifference] = {}
-    for name, group in groups.items():
-        if group is not first:
-            try:
-                theirs, own = ([run.ranks_path for run in side] for side in (first, group))
-                [differences[name]] = compare_runs(theirs, own, ("NDCG@10",))
-            except (ValueError, OSError) as error:  # pyarrow's errors are among them
-                notes.append(f"seeds of {name} are not tested against {first[0].name_without_seed}: {error}")
+    differences: dict[Path, PairedDifference] = {}
+    paths = [[run.ranks_path for run in group] for group in groups]
+    for group, own in zip(groups[1:], paths[1:], strict=True):
+        try:
+            [differences[group[0].folder]] = compare_runs(paths[0], own, ("NDCG@10",))
+        except (ValueError, OSError) as error:  # pyarrow's errors are among them
+            notes.append(f"the seeds of {group[0].name} are not tested together: {error}")
     return seeds_table(groups, headline, differences)
 
 

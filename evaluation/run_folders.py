@@ -30,9 +30,12 @@ class Run:
         return self.folder.name
 
     @property
-    def name_without_seed(self) -> str:
-        """The same for runs that differ only in their seed, which are called NAME-seedS."""
-        return re.sub(r"-seed\d+$", "", self.name)
+    def seeds(self) -> tuple[str, ...]:
+        """The same for runs that differ only in their seed: folders NAME-seedS in one place, of one model."""
+        stem = re.sub(r"-seed\d+$", "", self.name)
+        if stem == self.name:
+            return (str(self.folder),)
+        return (str(self.folder.parent), stem, str(self.results.get("model")))
 
     @property
     def ranks_path(self) -> Path:

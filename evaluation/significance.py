@@ -63,11 +63,14 @@ def compare_runs(
 ) -> list[PairedDifference]:
     """Is run B better than run A on the same users? From the rank files of both (`results.write_ranks`).
 
-    Where either is several runs that differ in their seed, each user counts with the mean over them. The p-value is
-    that of the paired randomisation test, which flips the sign of each user's difference (Smucker, Allan and
-    Carterette, CIKM 2007). Raises ValueError when the files do not rank the same targets in the same way.
+    Where either is several runs that differ in their seed, each user counts with the mean over them: the test then
+    says what other users would show with these seeds, and nothing of other seeds. The p-value is that of the paired
+    randomisation test, which flips the sign of each user's difference (Smucker, Allan and Carterette, CIKM 2007).
+    Raises ValueError when the files do not rank the same targets in the same way.
     """
     paths_a, paths_b = ([one] if isinstance(one, str | Path) else list(one) for one in (a, b))
+    if not (paths_a and paths_b):
+        raise ValueError("there is no run on one side of the comparison")
     files = {path: read_ranks(path) for path in (*paths_a, *paths_b)}
     for path, file in files.items():
         _require_comparable(files[paths_a[0]], file, paths_a[0], path)
@@ -77,7 +80,7 @@ def compare_runs(
 
 
 def _paired(metric: str, values_a: np.ndarray, values_b: np.ndarray, seed: int, resamples: int) -> PairedDifference:
-    difference = values_b - values_a
+    difference = np.round((values_b - values_a) * _GRID) / _GRID  # means of seeds are not exact to the last bit
     interval = bootstrap_intervals({metric: difference}, seed)[metric]
     return PairedDifference(
         metric=metric,

@@ -46,14 +46,14 @@ def headline_table(runs: list[Run], headline: list[str], differences: dict[Path,
     return Table(columns, rows)
 
 
-def seeds_table(groups: dict[str, list[Run]], headline: list[str], differences: dict[str, PairedDifference]) -> Table:
-    """A row a name: mean and standard deviation of its seeds, and the test of all of them against the first name's."""
+def seeds_table(groups: list[list[Run]], headline: list[str], differences: dict[Path, PairedDifference]) -> Table:
+    """A row a group: mean and deviation of its seeds, and the test of all of them against the first group's."""
     rows = []
-    for name, group in groups.items():
-        difference = differences.get(name)
+    for group in groups:
+        difference = differences.get(group[0].folder)
         rows.append(
             [
-                *(name, str(len(group))),
+                *(group[0].seeds[-2] if len(group) > 1 else group[0].name, str(len(group))),
                 *(_mean_and_deviation([run.results["test"].get(metric) for run in group]) for metric in headline),
                 ABSENT if difference is None else _signed_with_interval(difference),
                 ABSENT if difference is None else _p_value(difference.p_value),

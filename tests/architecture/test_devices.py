@@ -97,9 +97,9 @@ def test_a_step_keeps_to_its_device_and_does_not_wait_for_it(
     flags = WITHOUT_WAITING.get(row, []) + ([] if flag is None else [flag])
     config = parse([*settings(row, inputs), *flags, f"--output={tmp_path}"])
     train, runtime = config.train, Runtime("fp32", [], tmp_path, config.train.timeout_seconds)
-    interactions, parts = load_data(config, runtime)
+    catalog, parts = load_data(config, runtime)
     set_seed(0)
-    built = build(config, interactions, parts, runtime)
+    built = build(config, catalog, parts, runtime)
     rows = train.micro_batch_size
     loader = TrainingLoader(built.training(), train.batch_size, rows, runtime.share, train.seed, train.group_by_length)
     batch = next(iter(next(iter(loader.epoch(0, 0))).batches))

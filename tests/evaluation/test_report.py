@@ -81,19 +81,20 @@ def test_seeds_are_tested_together(sample: Split, tmp_path: Path) -> None:
         for name, skill in (("weak", 0.5), ("strong", 3.0))
         for seed in (1, 2)
     ]
-    [section] = build_report([*runs, write_run(tmp_path / "alone", sample, 1.0)]).sections
+    elsewhere = write_run(tmp_path / "other" / "weak-seed1", sample, 1.0)
+    alone = write_run(tmp_path / "alone", sample, 1.0)
+    [section] = build_report([*runs, alone, elsewhere, runs[0]]).sections
     table = section.tables[1]
     assert table.title == "Seeds together"
-    weak, strong, alone = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert [(row["runs"], row["seeds"]) for row in (weak, strong, alone)] == [
-        ("weak", "2"),
-        ("strong", "2"),
-        ("alone", "1"),
-    ]
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    expected = [("weak", "2"), ("strong", "2"), ("alone", "1"), ("weak-seed1", "1")]
+    assert [(row["runs"], row["seeds"]) for row in rows] == expected, "one name in one place, and no run twice"
+    weak, strong = rows[:2]
     found = [json.loads((run / "results.json").read_text())["test"]["HR@10"] for run in runs[2:]]
     assert strong["HR@10"] == f"{sum(found) / 2:.4f} ± {abs(found[0] - found[1]) / 2**0.5:.4f}"
     assert (weak["p"], strong["p"]) == ("-", "< 0.001")
     assert float(strong["Δ NDCG@10"].split()[0]) > 0
+    assert [table.title for table in build_report([runs[0], runs[2]]).sections[0].tables] == ["", "All cutoffs"]
 
 
 def test_other_splits_and_protocols_have_tables_of_their_own(sample: Split, tmp_path: Path) -> None:

@@ -68,7 +68,6 @@ def test_many_users_get_the_same_p_value_from_the_t_test(
 
 
 def test_several_seeds_count_as_their_mean_for_each_user(tmp_path: Path, greater: np.ndarray) -> None:
-    """Three seeds each, every one of them too noisy to tell alone."""
     random = np.random.default_rng(4)
     a, b = (
         [write_run(tmp_path / f"{name}{seed}.parquet", random.permutation(greater) - gain) for seed in range(3)]
@@ -80,6 +79,10 @@ def test_several_seeds_count_as_their_mean_for_each_user(tmp_path: Path, greater
     assert together.difference == pytest.approx(np.mean([one.difference for one in alone]))
     width = together.interval[1] - together.interval[0]
     assert width < 0.75 * min(one.interval[1] - one.interval[0] for one in alone), "noise of seeds averages out"
+    [nothing] = compare_runs([a[0]] * 2, [a[0]], ["NDCG@10"])
+    assert (nothing.difference, nothing.p_value) == (0, 1)
+    with pytest.raises(ValueError, match="no run on one side"):
+        compare_runs(a, [])
     [one_side] = compare_runs(a, b[0], ["NDCG@10"])
     assert (one_side.mean_a, one_side.mean_b) == pytest.approx((together.mean_a, alone[0].mean_b))
 
