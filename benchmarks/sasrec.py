@@ -12,10 +12,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,11 +25,27 @@ from benchmarks.contest import PEERS, PLAIN_LOOP, Contestant, Round, Turns, comp
 SCRIPT = str(Path(__file__).resolve())
 THREADS = 2
 STEPS = 8  # a turn
-WINDOW, WIDTH, HEADS, BLOCKS, DROPOUT, BATCH = 200, 128, 2, 2, 0.3, 128  # of launch/recipes/ml-1m/sasrec.yaml
-SHAPE = f"--method.hidden_size {WIDTH} --method.num_heads {HEADS} --method.num_blocks {BLOCKS}".split()
-WINDOWS = f"--method.window {WINDOW} --method.windows last --method.dropout {DROPOUT}".split()
-LOOP = f"--train.batch_size {BATCH} --train.log_every_steps {STEPS}"
-FLAGS = ["--model=sasrec", *SHAPE, *WINDOWS, *LOOP.split(), *PLAIN_LOOP]
+
+
+class Shape(NamedTuple):
+    """What both sides are given of the model and of a step."""
+
+    window: int
+    width: int
+    heads: int
+    blocks: int
+    dropout: float
+    batch: int
+
+    def flags(self) -> list[str]:
+        """Return it as launch/train.py takes it."""
+        shape = f"--method.hidden_size {self.width} --method.num_heads {self.heads} --method.num_blocks {self.blocks}"
+        loop = f"--method.dropout {self.dropout} --train.batch_size {self.batch}"
+        return f"{shape} --method.window {self.window} {loop}".split()
+
+
+LARGE = Shape(window=200, width=128, heads=2, blocks=2, dropout=0.3, batch=128)  # launch/recipes/ml-1m/sasrec.yaml
+FLAGS = ["--model=sasrec", "--method.windows=last", f"--train.log_every_steps={STEPS}", *LARGE.flags(), *PLAIN_LOOP]
 OURS = {"bf16": "--train.precision=bf16", "fp32": "--train.precision=fp32"}
 
 
@@ -96,22 +113,57 @@ def losses(rounds: dict[str, list[Round]], ours: str, peer: str) -> str:
 
 
 def write_histories(flags: list[str], file: Path) -> None:
-    """Write what every user has in training, oldest item first, for peers to read."""
+    """Write what every user has in training, oldest item first, and the item of validation, for peers to read."""
     from launch.config import parse
     from launch.loading import read_and_split
 
     _, parts = read_and_split(parse(flags).data)
     histories = [parts.training_items(user).tolist() for user in range(parts.num_users)]
-    file.write_text(json.dumps(histories))
+    file.write_text(json.dumps({"histories": histories, "targets": parts.target_items("valid").tolist()}))
+
+
+def rectools_dataset(file: str) -> Any:
+    """Return the histories of a file as RecTools takes them."""
+    import pandas as pd
+    from rectools.dataset import Dataset
+
+    rows = [
+        (user, item, 1.0, pd.Timestamp(place, unit="s"))
+        for user, items in enumerate(json.loads(Path(file).read_text())["histories"])
+        for place, item in enumerate(items)
+    ]
+    return Dataset.construct(pd.DataFrame(rows, columns=["user_id", "item_id", "weight", "datetime"]))
+
+
+def make_rectools(shape: Shape, callbacks: Sequence[Any] = ()) -> Any:
+    """Return RecTools' model, untrained, whose trainer stays silent and saves nothing."""
+    import pytorch_lightning as pl
+    from rectools.models import SASRecModel
+
+    return SASRecModel(
+        session_max_len=shape.window,
+        n_factors=shape.width,
+        n_heads=shape.heads,
+        n_blocks=shape.blocks,
+        dropout_rate=shape.dropout,
+        batch_size=shape.batch,
+        loss="softmax",
+        get_trainer_func=lambda: pl.Trainer(
+            max_epochs=1000,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            devices=1,
+            callbacks=list(callbacks),
+        ),
+    )
 
 
 def train_rectools(histories: str) -> None:
     """RecTools' own model, data preparation and Lightning trainer, with a callback that waits for its turn."""
-    import pandas as pd
     import pytorch_lightning as pl
     import torch
-    from rectools.dataset import Dataset
-    from rectools.models import SASRecModel
 
     turns = Turns()
     losses: list[float] = []
@@ -136,30 +188,7 @@ def train_rectools(histories: str) -> None:
                 steps_per_epoch=trainer.num_training_batches,
             )
 
-    rows = [
-        (user, item, 1.0, pd.Timestamp(place, unit="s"))
-        for user, items in enumerate(json.loads(Path(histories).read_text()))
-        for place, item in enumerate(items)
-    ]
-    model = SASRecModel(
-        session_max_len=WINDOW,
-        n_factors=WIDTH,
-        n_heads=HEADS,
-        n_blocks=BLOCKS,
-        dropout_rate=DROPOUT,
-        batch_size=BATCH,
-        loss="softmax",
-        get_trainer_func=lambda: pl.Trainer(
-            max_epochs=1000,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            devices=1,
-            callbacks=[Wait()],
-        ),
-    )
-    model.fit(Dataset.construct(pd.DataFrame(rows, columns=["user_id", "item_id", "weight", "datetime"])))
+    make_rectools(LARGE, [Wait()]).fit(rectools_dataset(histories))
 
 
 def train_recbole(folder: str) -> None:
@@ -175,16 +204,16 @@ def train_recbole(folder: str) -> None:
     os.chdir(folder)  # and writes where it stands
     settings = {
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-        "MAX_ITEM_LIST_LENGTH": WINDOW,
-        "hidden_size": WIDTH,
-        "inner_size": WIDTH,
-        "n_heads": HEADS,
-        "n_layers": BLOCKS,
-        "hidden_dropout_prob": DROPOUT,
+        "MAX_ITEM_LIST_LENGTH": LARGE.window,
+        "hidden_size": LARGE.width,
+        "inner_size": LARGE.width,
+        "n_heads": LARGE.heads,
+        "n_layers": LARGE.blocks,
+        "hidden_dropout_prob": LARGE.dropout,
         "attn_dropout_prob": 0.0,
         "loss_type": "CE",
         "train_neg_sample_args": None,
-        "train_batch_size": BATCH,
+        "train_batch_size": LARGE.batch,
         "epochs": 1000,
         "eval_step": 0,
         "use_gpu": False,

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-from benchmarks.contest import RESULTS, ROOT
+from benchmarks.contest import QUIET, RESULTS, ROOT
 from benchmarks.document import write_section
 
 COMMAND = "benchmarks/speed.py"
@@ -41,7 +41,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     places = [f"{row['hardware']['device']}, torch {row['hardware']['packages']['torch']}" for row in rows]
     letters = dict(zip(dict.fromkeys(places), ascii_uppercase, strict=False))
     lines = [
-        f"Two threads; medians, and quartiles of the ratio. {'; '.join(f'{b}: {a}' for a, b in letters.items())}.",
+        f"Two threads; medians, and quartiles of the ratio. {'; '.join(f'{b}: {a}' for a, b in letters.items())}; "
+        f"with a figure where other processes, or other tenants of its host, had more than {QUIET} cores meanwhile.",
         "",
         "| what | here | peer | ratio | aim | beside it | command | on |",
         "|" + " --- |" * 8,
@@ -56,7 +57,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{row['aim']:.3g}" if row["aim"] else "",
             row["beside"],
             f"`{row['command'].removeprefix('benchmarks/')}`",
-            letters[place],
+            letters[place] + (f", {row['others']:.1f}" if row.get("others", 0) > QUIET else ""),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

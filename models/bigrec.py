@@ -43,9 +43,9 @@ class BIGRecConfig:
     batch does not fill loses more by the pass of their own that these tokens take."""
     scoring: Literal["auto", "likelihood", "constrained", "beam", "generate", "items"] = "auto"
     """likelihood: exact log-likelihood of every title. constrained: the same, given that the answer is a title of the
-    catalogue. beam: beam search for that. generate: free generation, grounded by embedding distance, as published.
-    items: dot product with the item embeddings. auto: items for that objective, constrained for catalogues up to
-    20,000 titles, else beam."""
+    catalogue. beam: beam search for the likeliest of these. generate: free generation, grounded by embedding
+    distance, as published. items: dot product with the item embeddings. auto: items for that objective, constrained
+    for catalogues up to 20,000 titles, else beam."""
     num_beams: int = 20
     """Beams, and so distinct titles found, of beam scoring."""
     grounding: GroundingConfig = field(default_factory=GroundingConfig)

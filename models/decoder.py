@@ -116,10 +116,14 @@ def _shared_by(cache: DynamicCache, rows: int) -> DynamicCache:
     return DynamicCache(pairs)
 
 
-def product(states_BH: Tensor, rows_KH: Tensor) -> Tensor:
-    """The logits of a few rows of a head, [B, K] float32 also under autocast, whose bf16 would tie them."""
-    with torch.autocast(states_BH.device.type, enabled=False):
-        return states_BH.float() @ rows_KH.float().T
+def product(states: Tensor, rows: Tensor) -> Tensor:
+    """Logits [..., B, K] of states [..., B, H] and a few rows of a head [..., K, H].
+
+    At least float32 also under autocast, whose bf16 would tie them.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    with torch.autocast(states.device.type, enabled=False):
+        return states.to(dtype) @ rows.to(dtype).mT
 
 
 def last_token_embeddings(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .backbone import Backbone
-from .decoder import Decoder, Prefix, log_softmax, run_prefix, scoring_decoder
+from .decoder import Decoder, Prefix, log_softmax, product, run_prefix, scoring_decoder
 from .moe_lora import holding_rows
 from .title_trie import TitleTrie, TrieBlocks
 
@@ -52,7 +52,7 @@ def title_log_likelihoods(
         prefix = run_prefix(decoder, input_ids, attention_mask)
         first_tokens = trie.token[1 : trie.level_start[2]]
         if constrained:
-            root = log_softmax(_product(prefix.last_state, decoder.weight[first_tokens]))
+            root = log_softmax(product(prefix.last_state, decoder.weight[first_tokens]))
         else:
             root = log_softmax(decoder.head(prefix.last_state))[:, first_tokens]
         node_log_probs = root.new_zeros(len(root), trie.num_nodes)
@@ -100,15 +100,8 @@ def _choice_log_probs(decoder: Decoder, states_MBH: Tensor, blocks: TrieBlocks, 
     owners = blocks.edge_owners[edges] - int(first)
     at_once = max(1, _for_device(NUMBERS_PER_CHOICE, states_MBH.device) // states_MBH[0].numel())
     weight, pairs = decoder.weight, zip(owners.split(at_once), blocks.edge_tokens[edges].split(at_once), strict=True)
-    logits = [_product(states_MBH[owner], weight[token, None])[..., 0] for owner, token in pairs]
+    logits = [product(states_MBH[owner], weight[token, None])[..., 0] for owner, token in pairs]
     return _log_softmax_of_siblings(torch.cat(logits), owners, len(states_MBH))
-
-
-def _product(states: Tensor, rows: Tensor) -> Tensor:
-    """Logits [..., B, K] of [..., B, H] and rows of the head [..., K, H], never in the bf16 of autocast."""
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    with torch.autocast(states.device.type, enabled=False):
-        return states.to(dtype) @ rows.to(dtype).mT
 
 
 def _edge_log_probs(decoder: Decoder, states_MBH: Tensor, blocks: TrieBlocks, rows: slice) -> Iterator[Tensor]:
@@ -181,15 +174,23 @@ def _share(layer: object, users: slice, rows: int) -> _SharedPrefixLayer:
 
 
 def require_free_mask(body: PreTrainedModel, length: int) -> None:
+    """Raise ValueError where `lacks_free_mask` has something to say."""
+    if (reason := lacks_free_mask(body, length)) is not None:
+        raise ValueError(reason)
+
+
+def lacks_free_mask(body: PreTrainedModel, length: int) -> str | None:
+    """Why a decoder cannot be told, token by token, what to attend to in a row of `length`; None where it can."""
     config = body.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(
+        return (
             f"scoring titles needs a free attention mask, which {config._attn_implementation} has not: "
             "pass --backbone.attention sdpa"
         )
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < length:
-        raise ValueError(f"prompt and title take {length} tokens, the backbone attends to {window}: shorten the prompt")
+        return f"prompt and title take {length} tokens, the backbone attends to {window}: shorten the prompt"
+    return None
 
 
 def _for_device(sizes: dict[str, int], device: torch.device) -> int:

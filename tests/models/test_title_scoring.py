@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from models import title_scoring
+from models import title_generation, title_scoring
 from models.backbone import Backbone, BackboneConfig, load_backbone, load_tokenizer
 from models.decoder import last_token_embeddings
 from models.tiny import TinyConfig
@@ -247,6 +247,13 @@ def test_constrained_scoring_runs_only_where_titles_part(
         torch.testing.assert_close(scores[user, 1:], expected, rtol=0, atol=1e-10)
 
 
+@pytest.fixture(params=["beams in a row", "a row a beam"])
+def beams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a row a beam":
+        monkeypatch.setattr(title_generation, "lacks_free_mask", lambda *_: "it has none")
+
+
+@pytest.mark.usefixtures("beams")
 @pytest.mark.parametrize("num_beams", [60, 80])
 def test_beams_for_everyone_equal_exhaustive_scoring(
     model: PreTrainedModel, prompts: tuple[Tensor, Tensor], titles: list[list[int]], num_beams: int
@@ -254,7 +261,7 @@ def test_beams_for_everyone_equal_exhaustive_scoring(
     trie = _trie(titles)
     distinct = len(set(map(tuple, titles)))
     items, scores = beam_search_titles(model, *prompts, trie, num_beams)
-    exhaustive = title_log_likelihoods(model, *prompts, trie)
+    exhaustive = title_log_likelihoods(model, *prompts, trie, constrained=True)
     assert items.shape == scores.shape == (5, num_beams)
     assert (items[:, distinct:] == 0).all()
     assert (scores[:, distinct:] == -torch.inf).all()
@@ -264,6 +271,7 @@ def test_beams_for_everyone_equal_exhaustive_scoring(
     torch.testing.assert_close(beam_scores(items, scores, trie), exhaustive, rtol=0, atol=1e-10)
 
 
+@pytest.mark.usefixtures("beams")
 @pytest.mark.parametrize("num_beams", [1, 2, 5, 20])
 def test_every_beam_is_another_title_with_its_own_likelihood(
     model: PreTrainedModel, prompts: tuple[Tensor, Tensor], titles: list[list[int]], num_beams: int
@@ -272,10 +280,39 @@ def test_every_beam_is_another_title_with_its_own_likelihood(
     items, scores = beam_search_titles(model, *prompts, trie, num_beams)
     assert all(row.unique().numel() == num_beams for row in items)
     assert (items >= 1).all()
-    exhaustive = title_log_likelihoods(model, *prompts, trie)
+    exhaustive = title_log_likelihoods(model, *prompts, trie, constrained=True)
     torch.testing.assert_close(scores, exhaustive.gather(1, items), rtol=0, atol=1e-10)
 
 
+def test_beams_in_a_row_leave_the_memory_of_the_prompt_where_it_is(
+    model: PreTrainedModel, prompts: tuple[Tensor, Tensor], titles: list[list[int]]
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    counted = copy.deepcopy(model)
+    counted.model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    beam_search_titles(counted, *prompts, _trie(titles), 20)
+    assert shapes == [(5, 11), *[(5, 20)] * (len(shapes) - 1)]
+    assert len(shapes) > 2
+
+
+def test_beams_of_a_decoder_that_looks_back_only_so_far(
+    prompts: tuple[Tensor, Tensor], titles: list[list[int]]
+) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=1, sliding_window=6, initializer_range=0.5, **shape
+    )
+    short_sighted = MistralForCausalLM(config).double().eval()
+    items, scores = beam_search_titles(short_sighted, *prompts, _trie(titles), 5)
+    for user, (ids, mask) in enumerate(zip(*prompts, strict=True)):
+        expected = _one_by_one_among_titles(short_sighted, ids[mask.bool()], titles)
+        torch.testing.assert_close(scores[user], expected[items[user] - 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("beams")
 def test_one_beam_is_greedy(model: PreTrainedModel, prompts: tuple[Tensor, Tensor], titles: list[list[int]]) -> None:
     trie = _trie(titles)
     items, _ = beam_search_titles(model, *prompts, trie, 1)
@@ -294,12 +331,12 @@ def test_beam_search_stops_when_every_beam_has_ended(model: PreTrainedModel, pro
     passes: list[int] = []
     counted = copy.deepcopy(model)
     counted.model.register_forward_hook(lambda *_: passes.append(1))
-    long_title = [30, *([4] * 20), EOS]
+    long_titles = [[30, *([4] * 20), last, EOS] for last in (5, 6)]
     with torch.no_grad():
         counted.lm_head.weight[30] = 0.0
-    first_tokens = list(range(3, 30))
-    beam_search_titles(counted, *prompts, _trie([*([token, EOS] for token in first_tokens), long_title]), 1)
-    assert len(passes) == 2  # the prompt and one token; EOS is the only child left
+    short_titles = [[token, last, EOS] for token in range(3, 30) for last in (5, 6)]
+    beam_search_titles(counted, *prompts, _trie([*short_titles, *long_titles]), 1)
+    assert len(passes) == 2  # the prompt and one token; behind it, 5 or 6 decides
 
 
 def test_titles_that_were_not_found_tie_below_the_lowest(titles: list[list[int]]) -> None:
