@@ -26,7 +26,7 @@ test-fast: $(INSTALLED)  ## run the tests that are not marked slow
 grid: $(INSTALLED)  ## run every method under every strategy (half an hour), and write the table of docs/scaling.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/grid.py
 
-bench: peers  ## run the quick comparisons with peers, and write the table and the chart of docs/results.md
+bench: peers  ## run the quick comparisons with peers, and write docs/results.md (THREADS=1: in processor seconds)
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/sasrec.py rectools
 	$(BIN)/python benchmarks/sasrec.py recbole

@@ -25,6 +25,8 @@ PLAIN_LOOP = (
     "--train.schedule constant --train.warmup_steps 0 --train.weight_decay 0 --train.max_grad_norm 0 "
     "--train.epochs 1000 --train.eval_every_epochs 1000 --train.trackers []"
 ).split()
+# With one thread, processor seconds are what a round takes, which hardly depend on what else the machine does.
+THREADS = int(os.environ.get("THREADS", "2"))
 QUIET, ATTEMPTS = 0.1, 2  # cores that other processes may have meanwhile, and tries to find the machine quiet
 
 Round = dict[str, float]  # "seconds", and what else a contestant tells of a round
@@ -76,7 +78,7 @@ class Turns:
 class Contestant:
     """The referee's side of a process that has `Turns`."""
 
-    def __init__(self, command: list[str], threads: int, interpreter: Path = Path(sys.executable)) -> None:
+    def __init__(self, command: list[str], interpreter: Path = Path(sys.executable), threads: int = THREADS) -> None:
         if not interpreter.is_file():
             sys.exit(f"error: {interpreter} is missing: `make peers` makes it")
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -137,7 +139,7 @@ def take_turns(
     rounds: dict[str, list[Round]] = {name: [] for name in contestants}
     for repeat in range(repeats + 1):
         attempts: list[dict[str, Round]] = []
-        for _ in range(ATTEMPTS if quiet and repeat else 1):
+        for _ in range(ATTEMPTS if quiet and repeat and THREADS > 1 else 1):
             attempts.append({name: play() for name, play in contestants.items()})
             if others_of(attempts[-1].values()) < QUIET:
                 break
@@ -169,11 +171,17 @@ class Clock:
     """Seconds since it was made, and what processor seconds other processes had meanwhile."""
 
     def __init__(self) -> None:
-        self._began, self._own, self._busy = time.perf_counter(), time.process_time(), _busy_seconds()
+        self._began, self._own, self._busy = time.perf_counter(), _own_seconds(), _busy_seconds()
 
     def read(self) -> Round:
-        others = _busy_seconds() - self._busy - (time.process_time() - self._own)
-        return {"seconds": time.perf_counter() - self._began, "others": max(others, 0.0)}
+        passed, own = time.perf_counter() - self._began, _own_seconds() - self._own
+        others = _busy_seconds() - self._busy - own
+        return {"seconds": own if THREADS == 1 else passed, "others": max(others, 0.0)}
+
+
+def _own_seconds() -> float:
+    """Return the processor seconds of this process and of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _busy_seconds() -> float:
@@ -209,7 +217,8 @@ def compare(
     ratio = [slow / quick for quick, slow in zip(here, there, strict=True)]
     row: dict[str, Any] = {"what": what, "ours": ours, "peer": peer, "unit": unit, "aim": aim, "beside": beside}
     row |= {"here": spread(here), "there": spread(there), "ratio": spread(ratio)}
-    return row | {"others": round(others_of([*rounds[ours], *rounds[peer]]), 2)}
+    others = others_of([*rounds[ours], *rounds[peer]]) if THREADS > 1 else 0.0
+    return row | {"others": round(others, 2)}
 
 
 def keep(
@@ -222,7 +231,8 @@ def keep(
     """Write what was measured, with the machine that it was measured on, for benchmarks/speed.py."""
     from benchmarks.document import hardware
 
-    report = {"command": command, "hardware": hardware(), **settings, "rounds": rounds, "comparisons": comparisons}
+    report: dict[str, Any] = {"command": command, "hardware": hardware(), "threads": THREADS, **settings}
+    report |= {"rounds": rounds, "comparisons": comparisons}
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     for row in comparisons:
         print(f"{row['what']}: {row['ratio']['median']:.2f} times {row['peer']}, aim {row['aim']} {row['beside']}")

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.contest import PLAIN_LOOP, Contestant, Turns, compare, keep, take_part, take_turns
 
-THREADS = 2
 STEPS, BATCH, LR, TEMPERATURE = 4, 32, 2e-5, 0.05  # steps of a turn
 PEER = "sentence-transformers"
 PAIRS = "--method.texts.max_history 10 --method.texts.pool_prefix true --method.loss in-batch".split()
@@ -41,8 +40,8 @@ def main() -> None:
         flags = [*FLAGS, f"--train.precision={precision}", f"--data.cache={folder}"]
         write_pairs(flags, folder / "pairs.json")
         contestants = {
-            "here": Contestant([__file__, "worker", *flags, f"--output={folder / 'here'}"], THREADS),
-            PEER: Contestant([__file__, "worker", PEER, str(folder / "pairs.json"), precision], THREADS),
+            "here": Contestant([__file__, "worker", *flags, f"--output={folder / 'here'}"]),
+            PEER: Contestant([__file__, "worker", PEER, str(folder / "pairs.json"), precision]),
         }
         rounds = take_turns({n: partial(c.round, STEPS) for n, c in contestants.items()}, arguments.repeats)
     loss = f"loss {rounds['here'][-1]['loss']:.2f} and {rounds[PEER][-1]['loss']:.2f}"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Round, compare, keep, take_turns, timed
+from benchmarks.contest import THREADS, Round, compare, keep, take_turns, timed
 from data.config import DataConfig
 from data.sources import read
 from data.splits import Split, split
@@ -29,7 +29,7 @@ from evaluation.metrics import per_user_metrics
 from evaluation.protocols import seen_pairs
 from evaluation.ranks import count_ranks
 
-THREADS, BATCH = 2, 256
+BATCH = 256
 CUTOFFS = (1, 5, 10, 20)
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     torch.set_num_threads(THREADS)
     rounds, comparisons = measure(DataConfig(source="ml-1m", item_core=5), parser.parse_args().repeats)
-    keep("speed-evaluation", "benchmarks/evaluation.py", {"batch": BATCH, "threads": THREADS}, rounds, comparisons)
+    keep("speed-evaluation", "benchmarks/evaluation.py", {"batch": BATCH}, rounds, comparisons)
 
 
 def measure(

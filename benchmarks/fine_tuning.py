@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.contest import PLAIN_LOOP, Contestant, Round, Turns, compare, keep, take_part, take_turns
 
-THREADS = 2
 LR, SMOLLM2 = 1e-3, "smollm2-135m"
 RANK, ALPHA, DROPOUT = 8, 16, 0.05  # of BackboneConfig, and as published
 FLAGS = ["--model=bigrec", "--data.source=ml-100k", f"--train.lr={LR}", *PLAIN_LOOP]
@@ -91,11 +90,11 @@ def compete(backbone: Path, arguments: argparse.Namespace, folder: Path) -> None
     for peer in PEERS:  # one after the other: in float32 all of them together do not fit into 24 GB
         workers = {"here": response, "here, dense": common} if arguments.dense else {"here": response}
         contestants = {
-            name: Contestant([__file__, "worker", *flags, f"--output={folder / peer / name}"], THREADS)
+            name: Contestant([__file__, "worker", *flags, f"--output={folder / peer / name}"])
             for name, flags in workers.items()
         }
         given = [str(backbone), str(folder / "rows"), precision, str(arguments.batch)]
-        contestants[peer] = Contestant([__file__, "worker", peer, *given], THREADS)
+        contestants[peer] = Contestant([__file__, "worker", peer, *given])
         rounds = take_turns({name: partial(play, one) for name, one in contestants.items()}, repeats)
         loss = f"loss {rounds['here'][-1]['loss']:.2f} and {rounds[peer][-1]['loss']:.2f} after {repeats + 1} epochs"
         token, memory = f"{what}, a response token", f"{what}, memory of training"

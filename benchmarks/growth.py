@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.contest import PLAIN_LOOP, RESULTS, ROOT, Contestant, Round, Turns
 
-THREADS = 2
 EVENTS = (100_000, 1_000_000, 10_000_000)  # with ITEMS[1] items
 ITEMS = (1_000, 10_000, 100_000, 1_000_000)  # with EVENTS[1] events
 EVENTS_A_USER, BATCH, STEPS, RANKED = 50, 64, 4, 256
@@ -42,7 +41,7 @@ def main() -> None:
 
 def measure(events: int, items: int) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
-        contestant = Contestant([__file__, "worker", str(events), str(items), folder], THREADS)
+        contestant = Contestant([__file__, "worker", str(events), str(items), folder])
         point: dict[str, Any] = {"events": events, "items": items}
         for stage, name in enumerate(STAGES, start=1):
             contestant.round(stage)  # warms up

@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contest import PLAIN_LOOP, Round, compare, keep, take_turns, timed
+from benchmarks.contest import PLAIN_LOOP, THREADS, Round, compare, keep, take_turns, timed
 from benchmarks.sasrec import FLAGS as SASREC
 from benchmarks.training import make_trainer_of
 from data.loaders import Step
 from trainers.loop import Trainer
 from trainers.signals import Stop
 
-THREADS, STEPS = 2, 4
+STEPS = 4
 SIDE = 2048  # of the matrices whose product is the machine's rate
 MODELS = {
     "SASRec step": [*SASREC, "--data.source=ml-1m", "--data.item_core=5"],
@@ -54,7 +54,7 @@ def main() -> None:
     comparisons = [
         compare(rounds, what, name, "matrix product", key="per_tera", aim=None, beside=beside) for name in MODELS
     ]
-    settings = {"flags": MODELS, "steps": STEPS, "side": SIDE, "threads": THREADS}
+    settings = {"flags": MODELS, "steps": STEPS, "side": SIDE}
     keep(f"speed-machine-{precision}", f"benchmarks/machine.py --precision {precision}", settings, rounds, comparisons)
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.contest import Contestant, Round, Turns, compare, keep, take_turns
 
-THREADS, BATCH, EPOCHS = 2, 32, 3
+BATCH, EPOCHS = 32, 3
 LOOP_ROWS = 12_800
 FLAGS = (
     "--model bigrec --data.source ml-1m --data.item_core 5 "
@@ -33,7 +33,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
 
         def started(name: str) -> Contestant:
-            return Contestant([__file__, "worker", name, folder], THREADS)
+            return Contestant([__file__, "worker", name, folder])
 
         prepare, again, loop = (started(name) for name in ("prepare", "again", "loop"))
 

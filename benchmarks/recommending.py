@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.contest import Round, compare, keep, take_turns, timed
+from benchmarks.contest import THREADS, Round, compare, keep, take_turns, timed
 from evaluation.metrics import per_user_metrics
 from evaluation.protocols import seen_pairs
 from evaluation.ranks import count_ranks
@@ -25,7 +25,7 @@ from launch.loading import LoadedRun, load_run, read_data_of
 from models.bigrec import BIGRec
 from models.title_grounding import GroundingConfig
 
-THREADS, USERS = 2, 16  # users of a turn
+USERS = 16  # users of a turn
 BATCHES = {"constrained": 16, "beam": 16, "generate": 8}
 PUBLISHED = GroundingConfig(num_beams=4, max_new_tokens=128, beams="best", match="none")
 
@@ -72,7 +72,7 @@ def main() -> None:
         beside = f"NDCG@10 {quality[ours]:.3f} and {quality['generation']:.3f}, {USERS * (arguments.repeats + 1)} users"
         what = f"BIGRec, ranking {USERS} users"
         comparisons.append(compare(rounds, what, ours, "generation", aim=10.0, beside=beside))
-    settings = {"run": arguments.run.name, "published": asdict(PUBLISHED), "threads": THREADS, "batches": BATCHES}
+    settings = {"run": arguments.run.name, "published": asdict(PUBLISHED), "batches": BATCHES}
     keep("speed-recommending", "benchmarks/recommending.py", settings, rounds, comparisons)
 
 

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.contest import PEERS, PLAIN_LOOP, Contestant, Round, Turns, compare, keep, take_part, take_turns
 
 SCRIPT = str(Path(__file__).resolve())
-THREADS = 2
 STEPS = 8  # a turn
 
 
@@ -62,14 +61,14 @@ def against_rectools(repeats: int, folder: Path) -> None:
     """An epoch of MovieLens 1M: 6,040 last windows in 48 steps."""
     flags = [*FLAGS, *"--data.source ml-1m --data.item_core 5".split()]
     write_histories(flags, folder / "histories.json")
-    peer = Contestant([SCRIPT, "worker", "rectools", str(folder / "histories.json")], THREADS, PEERS)
+    peer = Contestant([SCRIPT, "worker", "rectools", str(folder / "histories.json")], PEERS)
     race("RecTools", peer, flags, STEPS, repeats, folder, what="SASRec, ML-1M epoch", aim=5.0)
 
 
 def against_recbole(repeats: int, folder: Path) -> None:
     """An epoch of MovieLens 100K: 9 steps here, and 760 of RecBole's, of which a few are timed."""
     flags = [*FLAGS, "--data.source=ml-100k", "--method.windows=all"]
-    peer = Contestant([SCRIPT, "worker", "recbole", str(folder)], THREADS, PEERS)
+    peer = Contestant([SCRIPT, "worker", "recbole", str(folder)], PEERS)
     race("RecBole", peer, flags, 2, repeats, folder, what="SASRec, ML-100K epoch", aim=50.0)
 
 
@@ -86,7 +85,7 @@ def race(
 ) -> None:
     """Train in both of our precisions beside a peer, and keep how long an epoch takes."""
     contestants = {
-        f"here, {precision}": Contestant([SCRIPT, "worker", *flags, flag, f"--output={folder / precision}"], THREADS)
+        f"here, {precision}": Contestant([SCRIPT, "worker", *flags, flag, f"--output={folder / precision}"])
         for precision, flag in OURS.items()
     } | {name: peer}
 

@@ -16,9 +16,9 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contest import PLAIN_LOOP, RESULTS, ROOT, Contestant, Round, Turns, take_part, take_turns
+from benchmarks.contest import PLAIN_LOOP, RESULTS, ROOT, THREADS, Contestant, Round, Turns, take_part, take_turns
 
-COMMAND, THREADS, STEPS, REPEATS = "benchmarks/shapes.py", 2, 6, 5
+COMMAND, STEPS, REPEATS = "benchmarks/shapes.py", 6, 5
 RECIPES = {"SASRec, MovieLens 1M": "ml-1m/sasrec.yaml", "BIGRec, MovieLens 100K": "ml-100k/bigrec.yaml"}
 READERS = ("data.batches", "data.item_prompts", "models.losses")  # modules that ask how long a batch is to be
 
@@ -41,8 +41,8 @@ def contest(recipe: str, precision: str, folder: str) -> dict[str, list[Round]]:
     flags = [f"--recipe={ROOT / 'launch' / 'recipes' / recipe}", *PLAIN_LOOP, f"--train.precision={precision}"]
     flags += [f"--train.log_every_steps={STEPS}", "--train.save_every_steps=1000000", f"--data.cache={folder}"]
     ways = {
-        "few lengths": Contestant([__file__, "worker", *flags, f"--output={folder}/few"], THREADS),
-        "as long as needed": Contestant([__file__, "worker", "exact", *flags, f"--output={folder}/exact"], THREADS),
+        "few lengths": Contestant([__file__, "worker", *flags, f"--output={folder}/few"]),
+        "as long as needed": Contestant([__file__, "worker", "exact", *flags, f"--output={folder}/exact"]),
     }
     rounds = take_turns({name: partial(one.round, STEPS) for name, one in ways.items()}, REPEATS)
     for one in ways.values():

@@ -26,7 +26,7 @@ CHART = ROOT / "docs" / "speed.svg"
 def main() -> None:
     reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("speed-*.json"))]
     rows = [
-        row | {"command": report["command"], "hardware": report["hardware"]}
+        row | {key: report[key] for key in ("command", "hardware", "threads")}
         for report in reports
         for row in report["comparisons"]
     ]
@@ -38,11 +38,12 @@ def main() -> None:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return one line a comparison, with a letter for the machine that it was measured on."""
-    places = [f"{row['hardware']['device']}, torch {row['hardware']['packages']['torch']}" for row in rows]
+    places = [place_of(row) for row in rows]
     letters = dict(zip(dict.fromkeys(places), ascii_uppercase, strict=False))
+    machines = "; ".join(f"{letter}: {place}" for place, letter in letters.items())
+    busy = f" A figure beside it: cores that other work had meanwhile, where more than {QUIET}."
     lines = [
-        f"Two threads; medians, and quartiles of the ratio. {'; '.join(f'{b}: {a}' for a, b in letters.items())}; "
-        f"with a figure where other processes, or other tenants of its host, had more than {QUIET} cores meanwhile.",
+        f"Medians, and quartiles of the ratio. {machines}." + busy * any(map(is_busy, rows)),
         "",
         "| what | here | peer | ratio | aim | beside it | command | on |",
         "|" + " --- |" * 8,
@@ -57,10 +58,21 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"{row['aim']:.3g}" if row["aim"] else "",
             row["beside"],
             f"`{row['command'].removeprefix('benchmarks/')}`",
-            letters[place] + (f", {row['others']:.1f}" if row.get("others", 0) > QUIET else ""),
+            letters[place] + (f", {row['others']:.1f}" if is_busy(row) else ""),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def is_busy(row: dict[str, Any]) -> bool:
+    return row.get("others", 0.0) > QUIET
+
+
+def place_of(row: dict[str, Any]) -> str:
+    """Return what a row was measured on, and in which seconds."""
+    hardware = row["hardware"]
+    seconds = "one thread, processor seconds" if row["threads"] == 1 else f"{row['threads']} threads"
+    return f"{hardware['device']}, {seconds}, torch {hardware['packages']['torch']}"
 
 
 def figure(value: float) -> str:

@@ -78,7 +78,7 @@ def train_here(flags: list[str], folder: Path) -> Iterator[Round]:
 
 def train_peer(shape: Shape, data: Path, limit: float) -> Iterator[Round]:
     """Train RecTools an epoch a round, and yield the same of each, until it gets there or `limit` has passed."""
-    peer = Contestant([SCRIPT, "worker", "rectools", str(data), json.dumps(shape)], 1, PEERS)
+    peer = Contestant([SCRIPT, "worker", "rectools", str(data), json.dumps(shape)], PEERS, threads=1)
     seconds, epoch, best = 0.0, 0, 0.0
     while seconds < limit and best < WANTED:
         played = peer.round(1)
