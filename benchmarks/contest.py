@@ -198,6 +198,10 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(median, 4), "lower_quartile": round(low, 4), "upper_quartile": round(high, 4)}
 
 
+def which_seconds(threads: int) -> str:
+    return "one thread, processor seconds" if threads == 1 else f"{threads} threads"
+
+
 def compare(
     rounds: Mapping[str, list[Round]],
     what: str,

@@ -54,8 +54,8 @@ class Contest:
     settings: ItemPromptSettings
 
     @classmethod
-    def of(cls, backbone: str) -> "Contest":
-        config = parse([*FLAGS, *BACKBONES[backbone]])
+    def of(cls, flags: list[str]) -> "Contest":
+        config = parse(flags)
         catalog, split = read_and_split(config.data)
         setting = setting_of(config, split, catalog)
         built = METHODS["e4srec"].build(setting)
@@ -111,7 +111,7 @@ def main() -> None:
 
 def measure(backbone: str) -> dict[str, dict[str, list[float]]]:
     """Return what was done in a second of each repeat, by each computation, in training and in evaluation."""
-    contest = Contest.of(backbone)
+    contest = Contest.of([*FLAGS, *BACKBONES[backbone]])
 
     def training(random: np.random.Generator) -> dict[str, float]:
         speeds = {}

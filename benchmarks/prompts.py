@@ -56,6 +56,15 @@ def main() -> None:
 
 def work(way: str, folder: Path) -> None:
     """One of the three, a round at a time."""
+    turns, (rows, does) = Turns(), ways(FLAGS, folder)
+    if way == "again":
+        does[way](0)
+    turns.ready(rows=rows)
+    turns.serve(does[way])
+
+
+def ways(flags: list[str], folder: Path) -> tuple[int, dict[str, Callable[[int], Round]]]:
+    """Return the rows of an epoch, and what does the three; the loop takes the number of rows to do."""
     import shutil
     from dataclasses import replace
 
@@ -66,7 +75,7 @@ def work(way: str, folder: Path) -> None:
     from data.prompts import template_by_name, title_texts
     from launch.methods import bigrec_prompts
 
-    turns, setting = Turns(), setting_of(FLAGS)
+    setting = setting_of(flags)
     prompts, split = bigrec_prompts(setting), setting.split
     rows, texts = response_rows(split, prompts.settings), title_texts(setting.catalog)
     template, random = template_by_name(prompts.settings.template), np.random.default_rng(0)
@@ -90,10 +99,7 @@ def work(way: str, folder: Path) -> None:
             prompts.tokenizer(batch, truncation=True, max_length=prompts.settings.max_length)
         return {}
 
-    if way == "again":
-        again(0)
-    turns.ready(rows=len(rows.user))
-    turns.serve({"prepare": prepare, "again": again, "loop": loop}[way])
+    return len(rows.user), {"prepare": prepare, "again": again, "loop": loop}
 
 
 if __name__ == "__main__":

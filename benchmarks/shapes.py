@@ -16,7 +16,18 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contest import PLAIN_LOOP, RESULTS, ROOT, THREADS, Contestant, Round, Turns, take_part, take_turns
+from benchmarks.contest import (
+    PLAIN_LOOP,
+    RESULTS,
+    ROOT,
+    THREADS,
+    Contestant,
+    Round,
+    Turns,
+    take_part,
+    take_turns,
+    which_seconds,
+)
 
 COMMAND, STEPS, REPEATS = "benchmarks/shapes.py", 6, 5
 RECIPES = {"SASRec, MovieLens 1M": "ml-1m/sasrec.yaml", "BIGRec, MovieLens 100K": "ml-100k/bigrec.yaml"}
@@ -63,7 +74,7 @@ def train_exactly(*flags: str) -> None:
 
 def markdown(measured: dict[str, dict[str, list[Round]]], device: str) -> str:
     lines = [
-        f"{device}, {THREADS} threads; {REPEATS} turns of {STEPS} steps, medians, the ratio within a turn; memory is "
+        f"{device}, {which_seconds(THREADS)}; {REPEATS} turns of {STEPS} steps, medians, the ratio within a turn; memory is "
         "the peak at the end.",
         "",
         "| what | as long as needed | few lengths | ratio | memory |",

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-from benchmarks.contest import QUIET, RESULTS, ROOT
+from benchmarks.contest import QUIET, RESULTS, ROOT, which_seconds
 from benchmarks.document import write_section
 
 COMMAND = "benchmarks/speed.py"
@@ -71,8 +71,7 @@ def is_busy(row: dict[str, Any]) -> bool:
 def place_of(row: dict[str, Any]) -> str:
     """Return what a row was measured on, and in which seconds."""
     hardware = row["hardware"]
-    seconds = "one thread, processor seconds" if row["threads"] == 1 else f"{row['threads']} threads"
-    return f"{hardware['device']}, {seconds}, torch {hardware['packages']['torch']}"
+    return f"{hardware['device']}, {which_seconds(row['threads'])}, torch {hardware['packages']['torch']}"
 
 
 def figure(value: float) -> str:
