@@ -74,8 +74,8 @@ def train_exactly(*flags: str) -> None:
 
 def markdown(measured: dict[str, dict[str, list[Round]]], device: str) -> str:
     lines = [
-        f"{device}, {which_seconds(THREADS)}; {REPEATS} turns of {STEPS} steps, medians, the ratio within a turn; memory is "
-        "the peak at the end.",
+        f"{device}, {which_seconds(THREADS)}; {REPEATS} turns of {STEPS} steps, medians, the ratio within a "
+        "turn; memory is the peak at the end.",
         "",
         "| what | as long as needed | few lengths | ratio | memory |",
         "|" + " --- |" * 5,
