@@ -12,7 +12,7 @@ from .memory import STRATEGIES, Forecast, Strategy, forecast
 from .methods import METHODS
 from .rehearsal import Rehearsal, rehearse
 
-LOSS_ROWS = CHUNK_ROWS  # one chunk of logits is alive at a time; up to there memory grows faster with the rows
+LOSS_ROWS = CHUNK_ROWS["cuda"]  # one chunk of logits is alive at a time; up to there memory grows faster with the rows
 MOST_REMEDIES = 6
 FURTHER = 8  # from a micro-batch that fits to the next one tried
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data.batches import padded_length
 
-CHUNK_ROWS = 1024  # rows of logits alive at once: [1024, 3417] float32 is 14 MB, which stays in a CPU's cache
+# Rows of logits alive at once, by device type: [256, 3417] float32 is 3.5 MB, which a CPU's core keeps near it.
+CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 
 
 # (logits [C, N], which it may overwrite, and their rows) -> their summed loss and the gradient of the logits.
@@ -58,7 +59,7 @@ class _Chunked(torch.autograd.Function):
         return *grads, None, None
 
 
-def full_cross_entropy(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+def full_cross_entropy(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Sum of -log softmax(h E^T)[target] over the rows of `table_NH`, [T, N] logits never existing at once.
 
     For a catalogue pass the table without its padding row, and targets counted from there: `table[1:]`, `item - 1`.
@@ -75,7 +76,7 @@ def soft_cross_entropy(
     table_NH: Tensor,
     labels_of: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
     parts: list[Tensor] | None = None,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Sum of -w log softmax(h E^T)[c] over rows and their J labels c of weight w.
 
@@ -99,9 +100,10 @@ def soft_cross_entropy(
 
 
 @torch.no_grad()
-def count_first(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+def count_first(hidden_TH: Tensor, table_NH: Tensor, target_T: Tensor, chunk_rows: int | None = None) -> Tensor:
     """In how many rows the target has the highest of all logits h E^T, [T, N] of them never existing at once."""
     found = torch.zeros((), device=hidden_TH.device)
+    chunk_rows = chunk_rows or _chunk_rows(hidden_TH.device)
     for hidden, target in zip(hidden_TH.split(chunk_rows), target_T.split(chunk_rows), strict=True):
         found += ((hidden @ table_NH.T).argmax(1) == target).sum()
     return found
@@ -111,7 +113,7 @@ def in_chunks(
     hidden_TH: Tensor,
     table_NH: Tensor,
     loss_of_scores: LossOfScores,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Sum of any loss of the scores h E^T, a function of [C, N] scores and their rows that autograd can follow.
 
@@ -133,7 +135,7 @@ def kl_divergence(
     teacher_TD: Tensor,
     teacher_ND: Tensor,
     temperature: float = 1.0,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Sum over rows of t^2 KL(softmax(u V^T / t) || softmax(h E^T / t)); the teacher u, V gets no gradient.
 
@@ -152,11 +154,15 @@ def kl_divergence(
     return _in_chunks(hidden_TH, table_NH, loss_of_logits, chunk_rows)
 
 
-def _in_chunks(hidden_TH: Tensor, table_NH: Tensor, loss_of_logits: LossOfLogits, chunk_rows: int) -> Tensor:
+def _in_chunks(hidden_TH: Tensor, table_NH: Tensor, loss_of_logits: LossOfLogits, chunk_rows: int | None) -> Tensor:
     if torch.is_autocast_enabled(hidden_TH.device.type):
         dtype = torch.get_autocast_dtype(hidden_TH.device.type)
         hidden_TH, table_NH = hidden_TH.to(dtype), table_NH.to(dtype)
-    return _Chunked.apply(hidden_TH, table_NH, loss_of_logits, chunk_rows)
+    return _Chunked.apply(hidden_TH, table_NH, loss_of_logits, chunk_rows or _chunk_rows(hidden_TH.device))
+
+
+def _chunk_rows(device: torch.device) -> int:
+    return CHUNK_ROWS.get(device.type, CHUNK_ROWS["cuda"])
 
 
 def binary_cross_entropy(positive_T: Tensor, negative_TK: Tensor) -> Tensor:
