@@ -55,7 +55,7 @@ class BIGRecConfig:
     published one prompt a title."""
 
 
-# Above this many titles the exact pass over the whole trie costs more than beams lose.
+# Up to here an exact ranking is worth what it costs beside beams, whose work does not grow with the catalogue.
 CONSTRAINED_MAX_TITLES = 20_000
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .backbone import Backbone, causal_model
 from .decoder import Decoder, Prefix, is_sharded, largest_anywhere, log_softmax, product, run_prefix, scoring_decoder
@@ -82,17 +82,21 @@ class _BeamsInARow(_Beams):
     Nothing is copied or moved, so the memory of a prompt is there once and not once a beam.
     """
 
+    def __init__(self, decoder: Decoder, prefix: Prefix, num_beams: int) -> None:
+        super().__init__(decoder, prefix, num_beams)
+        self.mask = self.mask.bool()
+
     def say(self, tokens_BK: Tensor, origin_BK: Tensor) -> Tensor:
         said = self.mask.gather(1, origin_BK[..., None].expand(-1, -1, self.mask.shape[-1]))
         itself = torch.eye(self.num_beams, dtype=said.dtype, device=said.device).expand(len(said), -1, -1)
         self.mask = torch.cat([said, itself], dim=-1)
-        return self._run(tokens_BK, additive_mask(self.mask.bool()[:, None], self.body), 1)
+        return self._run(tokens_BK, additive_mask(self.mask[:, None], self.body), 1)
 
 
 def _beams_of(decoder: Decoder, prefix: Prefix, num_beams: int, steps: int) -> _Beams:
     """What holds the beams of a decoder: a row a user where masks and memory are plain, else a row a beam."""
     length = prefix.mask.shape[1] + num_beams * steps
-    plain = all(type(layer) is DynamicLayer for layer in prefix.cache.layers)
+    plain = type(prefix.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in prefix.cache.layers)
     in_a_row = plain and lacks_free_mask(decoder.body, length) is None
     return (_BeamsInARow if in_a_row else _Beams)(decoder, prefix, num_beams)
 

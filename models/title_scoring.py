@@ -1,5 +1,6 @@
 """The exact likelihood of every catalogue title after a prompt, from one pass over the catalogue's trie."""
 
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -187,8 +188,15 @@ def lacks_free_mask(body: PreTrainedModel, length: int) -> str | None:
             f"scoring titles needs a free attention mask, which {config._attn_implementation} has not: "
             "pass --backbone.attention sdpa"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < length:
+    takes_positions = "position_ids" in inspect.signature(type(body).forward).parameters
+    if getattr(config, "alibi", False) or not takes_positions:
+        return (
+            f"scoring titles places tokens by position_ids, which {config.model_type} does not go by: "
+            "pass another --backbone.name"
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = window or getattr(config, "window_size", None)  # GPT-Neo's local layers
+    if window is not None and window < length:
         return f"prompt and title take {length} tokens, the backbone attends to {window}: shorten the prompt"
     return None
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTNeoConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from models import title_generation, title_scoring
 from models.backbone import Backbone, BackboneConfig, load_backbone, load_tokenizer
@@ -297,19 +305,37 @@ def test_beams_in_a_row_leave_the_memory_of_the_prompt_where_it_is(
     assert len(shapes) > 2
 
 
-def test_beams_of_a_decoder_that_looks_back_only_so_far(
-    prompts: tuple[Tensor, Tensor], titles: list[list[int]]
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 16, "initializer_range": 0.5}
+TWO_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SHAPE, **TWO_LAYERS, sliding_window=6),
+        BloomConfig(**SHAPE, n_layer=2, n_head=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_beams_of_decoders_that_cannot_share_a_row(
+    config: PreTrainedConfig, prompts: tuple[Tensor, Tensor], titles: list[list[int]]
 ) -> None:
+    """They look back only so far, or count distances themselves."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MistralConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=1, sliding_window=6, initializer_range=0.5, **shape
-    )
-    short_sighted = MistralForCausalLM(config).double().eval()
-    items, scores = beam_search_titles(short_sighted, *prompts, _trie(titles), 5)
+    model = AutoModelForCausalLM.from_config(config).eval()  # in float64 Bloom's masks overflow
+    items, scores = beam_search_titles(model, *prompts, _trie(titles), 5)
     for user, (ids, mask) in enumerate(zip(*prompts, strict=True)):
-        expected = _one_by_one_among_titles(short_sighted, ids[mask.bool()], titles)
-        torch.testing.assert_close(scores[user], expected[items[user] - 1], rtol=0, atol=1e-10)
+        expected = _one_by_one_among_titles(model, ids[mask.bool()], titles)[items[user] - 1]
+        torch.testing.assert_close(scores[user].double(), expected, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"attends to 6|free attention mask|does not go by"):
+        title_log_likelihoods(model, *prompts, _trie(titles))
+
+
+def test_local_layers_look_back_only_so_far() -> None:
+    config = GPTNeoConfig(**SHAPE, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=6)
+    body = AutoModelForCausalLM.from_config(config).base_model
+    assert title_scoring.lacks_free_mask(body, 6) is None
+    assert "attends to 6" in (title_scoring.lacks_free_mask(body, 7) or "")
 
 
 @pytest.mark.usefixtures("beams")
