@@ -27,7 +27,7 @@ PLAIN_LOOP = (
 ).split()
 # With one thread, processor seconds are what a round takes, which hardly depend on what else the machine does.
 THREADS = int(os.environ.get("THREADS", "2"))
-QUIET, ATTEMPTS = 0.1, 2  # cores that other processes may have meanwhile, and tries to find the machine quiet
+QUIET = 0.1  # cores that other processes may have meanwhile without a word of it in docs/results.md
 
 Round = dict[str, float]  # "seconds", and what else a contestant tells of a round
 
@@ -81,7 +81,8 @@ class Contestant:
     def __init__(self, command: list[str], interpreter: Path = Path(sys.executable), threads: int = THREADS) -> None:
         if not interpreter.is_file():
             sys.exit(f"error: {interpreter} is missing: `make peers` makes it")
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        environment |= {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}  # torch, tokenizers
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
         self._process = subprocess.Popen(
             [str(interpreter), *command],
@@ -128,23 +129,12 @@ def take_part(main: Callable[[], None], peers: Mapping[str, Callable[..., None]]
         train(sys.argv[2:], Turns())
 
 
-def take_turns(
-    contestants: Mapping[str, Callable[[], Round]], repeats: int, quiet: bool = True
-) -> dict[str, list[Round]]:
-    """Return the rounds of each, one after the other in every repeat; a first one warms up and is not counted.
-
-    With `quiet` a repeat is played again where other processes had a part of the machine that would be seen; of some
-    attempts the quietest counts, and benchmarks/speed.py tells how much others had.
-    """
+def take_turns(contestants: Mapping[str, Callable[[], Round]], repeats: int) -> dict[str, list[Round]]:
+    """Return the rounds of each, one after the other in every repeat; a first one warms up and is not counted."""
     rounds: dict[str, list[Round]] = {name: [] for name in contestants}
-    for repeat in range(repeats + 1):
-        attempts: list[dict[str, Round]] = []
-        for _ in range(ATTEMPTS if quiet and repeat and THREADS > 1 else 1):
-            attempts.append({name: play() for name, play in contestants.items()})
-            if others_of(attempts[-1].values()) < QUIET:
-                break
-        quietest = min(attempts, key=lambda played: others_of(played.values()))
-        for name, one in quietest.items():
+    for _ in range(repeats + 1):
+        for name, play in contestants.items():
+            one = play()
             rounds[name].append(one)
             print(name, {key: float(f"{value:.4g}") for key, value in one.items()}, flush=True)
     return {name: played[1:] for name, played in rounds.items()}
@@ -180,7 +170,7 @@ class Clock:
 
 
 def _own_seconds() -> float:
-    """Return the processor seconds of this process and of its children that have ended."""
+    """Return the processor seconds of this process, and all those of children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 

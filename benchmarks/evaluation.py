@@ -102,14 +102,12 @@ def main() -> None:
     keep("speed-evaluation", "benchmarks/evaluation.py", {"batch": BATCH}, rounds, comparisons)
 
 
-def measure(
-    config: DataConfig, repeats: int, quiet: bool = True
-) -> tuple[dict[str, list[Round]], list[dict[str, Any]]]:
+def measure(config: DataConfig, repeats: int) -> tuple[dict[str, list[Round]], list[dict[str, Any]]]:
     """Return the rounds of all, and how they compare; raise where they disagree."""
     contest = Contest(config)
     ways = {"counting": contest.count, "all of it": contest.evaluate}
     ways |= {"sorting": contest.sort, "sorting twice": contest.sort_twice}
-    rounds = take_turns({name: timed(way) for name, way in ways.items()}, repeats, quiet)
+    rounds = take_turns({name: timed(way) for name, way in ways.items()}, repeats)
     found = {name: played[-1]["NDCG@10"] for name, played in rounds.items()}
     if max(found.values()) - min(found.values()) > 1e-9:
         raise AssertionError(f"the ways disagree about NDCG@10: {found}")

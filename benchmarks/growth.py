@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contest import PLAIN_LOOP, RESULTS, ROOT, Contestant, Round, Turns
+from benchmarks.contest import PLAIN_LOOP, RESULTS, ROOT, THREADS, Contestant, Round, Turns, which_seconds
 
 EVENTS = (100_000, 1_000_000, 10_000_000)  # with ITEMS[1] items
 ITEMS = (1_000, 10_000, 100_000, 1_000_000)  # with EVENTS[1] events
@@ -33,7 +33,7 @@ def main() -> None:
 
     points = [(events, ITEMS[1]) for events in EVENTS] + [(EVENTS[1], items) for items in ITEMS]
     measured = [measure(events, items) for events, items in dict.fromkeys(points)]
-    report = {"hardware": hardware(), "points": measured}
+    report = {"hardware": hardware(), "threads": THREADS, "points": measured}
     (RESULTS / "growth.json").write_text(json.dumps(report, indent=1) + "\n")
     write_section(ROOT / "docs" / "results.md", COMMAND, markdown(measured))
     print(markdown(measured))
@@ -105,7 +105,12 @@ def work(events: int, items: int, folder: Path) -> None:
 
 def markdown(measured: list[dict[str, Any]]) -> str:
     """Return a table of all points, and the exponents."""
-    lines = [f"| events | items | {' | '.join(f'{stage}, s | peak GB' for stage in STAGES)} |", "|" + " --- |" * 8]
+    lines = [
+        f"{which_seconds(THREADS)}:",
+        "",
+        f"| events | items | {' | '.join(f'{stage}, s | peak GB' for stage in STAGES)} |",
+        "|" + " --- |" * 8,
+    ]
     for point in measured:
         cells = [f"{point[stage]['seconds']:.3g} | {point[stage]['peak_memory'] / 1e9:.2f}" for stage in STAGES]
         lines.append(f"| {point['events']:,} | {point['items']:,} | {' | '.join(cells)} |")

@@ -42,7 +42,9 @@ def main() -> None:
         for precision in ("bf16", "fp32"):
             with TemporaryDirectory() as folder:
                 measured[f"{name}, {precision}"] = contest(recipe, precision, folder)
-    (RESULTS / "shapes.json").write_text(json.dumps({"hardware": hardware(), "rounds": measured}, indent=1) + "\n")
+    (RESULTS / "shapes.json").write_text(
+        json.dumps({"hardware": hardware(), "threads": THREADS, "rounds": measured}, indent=1) + "\n"
+    )
     text = markdown(measured, hardware()["device"])
     write_section(ROOT / "docs" / "results.md", COMMAND, text)
     print(text)
