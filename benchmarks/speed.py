@@ -94,6 +94,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         beyond = max(ratio["upper_quartile"], row["aim"] or 0)
         axes.annotate(f"  {median:.1f}", (beyond, place), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [f"{row['what']}, {row['ours']} / {row['peer']}" for row in reversed(rows)])
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
