@@ -205,7 +205,7 @@ class LetterHead(nn.Module):
 
     def forward(self, decoder: Decoder, states_BH: Tensor, candidates: Tensor) -> Tensor:
         """Return [B, K] float32, a column an identifier."""
-        return product(states_BH, decoder.weight[self.ids])
+        return product(states_BH, decoder.weight[self.ids]).float()
 
 
 class VectorHead(nn.Module):
@@ -220,7 +220,7 @@ class VectorHead(nn.Module):
 
     def forward(self, decoder: Decoder, states_BH: Tensor, candidates: Tensor) -> Tensor:
         """Return [B, K] float32, a column an identifier."""
-        return product(states_BH, self.named)
+        return product(states_BH, self.named).float()
 
 
 class ItemHead(nn.Module):
