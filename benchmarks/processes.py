@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 120  # a run that takes longer hangs
+SECONDS = 300  # a run that takes longer hangs
 
 _context = multiprocessing.get_context("forkserver")
 
